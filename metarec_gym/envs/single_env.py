@@ -1,0 +1,87 @@
+"""`MetaRec/Select-v0` as a single Gymnasium environment: a batch of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, SupportsInt
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from metarec_gym.envs.vector_env import MetaRecVectorEnv
+from metarec_gym.world import World
+
+
+class MetaRecEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
+    """One simulated user at a time. Spaces, reward and endings: see `MetaRecVectorEnv`, of which this is one row.
+
+    `MetaRecEnv` seeded s + i equals row i of the vector environment seeded s.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
+
+    def __init__(
+        self,
+        world: World | str | Path | None = None,
+        fold: str = "A",
+        horizon: int | None = None,
+        slate_size: int | None = None,
+        cost_weight: float = 0.0,
+        world_seed: int = 0,
+        unavailable: tuple[str, ...] | list[str] = (),
+        device: str = "cpu",
+        render_mode: None = None,
+    ) -> None:
+        """Arguments as in `MetaRecVectorEnv`."""
+        self._batch = MetaRecVectorEnv(
+            1,
+            world=world,
+            fold=fold,
+            horizon=horizon,
+            slate_size=slate_size,
+            cost_weight=cost_weight,
+            world_seed=world_seed,
+            unavailable=unavailable,
+            device=device,
+            autoreset_mode="Disabled",
+            render_mode=render_mode,
+        )
+        self.render_mode = render_mode
+        self.observation_space = self._batch.single_observation_space
+        self.action_space = self._batch.single_action_space
+        self.world = self._batch.world
+        self.strategy_names = self._batch.strategy_names
+        self.feature_slices = self._batch.feature_slices
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Starts an episode.
+
+        Args:
+            seed: Seeds the environment; None goes on to the next episode.
+            options: `start_state` and `noise` as integers, see `MetaRecVectorEnv`.
+
+        Returns:
+            Observation (obs_dim,) and info.
+        """
+        super().reset(seed=seed)
+        if seed is None and not self._batch._seeded:
+            seed = int(self.np_random.integers(2**62))
+        batch = {name: np.atleast_1d(value) for name, value in (options or {}).items()}
+        obs, info = self._batch.reset(seed=seed, options=batch)
+        return obs[0], self._one(info)
+
+    def step(self, action: SupportsInt) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Serves one request by strategy `action`; see `MetaRecVectorEnv.step`."""
+        obs, reward, terminated, truncated, info = self._batch.step(np.array([int(action)]))
+        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), self._one(info)
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Available strategies, bool (K,)."""
+        return self._batch.action_masks()[0]
+
+    @staticmethod
+    def _one(info: dict[str, Any]) -> dict[str, Any]:
+        return {key: value[0] for key, value in info.items() if not key.startswith("_")}
