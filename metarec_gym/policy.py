@@ -180,7 +180,7 @@ class MlpPolicy(StatelessPolicy):
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no policy at {path}; train one: python -m experiments.train --agent ppo")
-        with safe_open(str(path), framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(str(path), framework="pt") as file:
             header = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if int(header["schema"]) > POLICY_SCHEMA:

@@ -99,4 +99,5 @@ def normal(key: Tensor) -> Tensor:
 
     # half a step keeps the argument inside (0, 1), so the draw is finite
     probability = _shift_right(mix(key), 40).to(torch.float64) * 2.0**-24 + 2.0**-25
-    return torch.special.ndtri(probability).to(torch.float32)
+    draw: Tensor = torch.special.ndtri(probability).to(torch.float32)
+    return draw

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -509,9 +508,9 @@ class _Builder:
         """Folder of finished stages, keyed by everything that decides them."""
         if self.out is None:
             return None
-        from metarec_gym import __version__
+        from importlib.metadata import version
 
-        key = stream(self.seed, self.log.hash, __version__, repr(self.pool_names), torch.__version__)
+        key = stream(self.seed, self.log.hash, version("metarec-gym"), repr(self.pool_names), torch.__version__)
         folder = Path(f"{self.out}.partial") / f"{key:016x}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -628,7 +627,7 @@ class _Builder:
         if done is not None and done.is_file():
             return dict(json.loads(done.read_text()))
         self._say(f"posterior predictive check with {self.replicas} emitted logs")
-        result = check_world(
+        result: dict[str, Any] = check_world(
             dataset,
             {"A": (responses["A"], users_a), "B": (responses["B"], users_b)},
             lambda histories, length: pool.top_lists(histories, length),
@@ -711,7 +710,7 @@ def _taste_table(dataset: Dataset, users: Tensor, seed: int, dim: int = 8) -> Te
     ]
     degree_user = np.sqrt(np.maximum(np.asarray(matrix.sum(axis=1)), 1.0))
     degree_item = np.sqrt(np.maximum(np.asarray(matrix.sum(axis=0)), 1.0))
-    matrix = sp.csr_matrix(matrix.multiply(1.0 / degree_user).multiply(1.0 / degree_item))
+    matrix = sp.csr_matrix(sp.diags(1.0 / degree_user[:, 0]) @ matrix @ sp.diags(1.0 / degree_item[0]))
     k = min(dim, min(matrix.shape) - 2)
     start = numpy_rng(seed, "taste").standard_normal(min(matrix.shape))
     _, values, vt = svds(matrix, k=k, v0=start)

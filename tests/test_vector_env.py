@@ -253,7 +253,8 @@ def test_a_stronger_hazard_of_leaving_shortens_episodes():
 
     lengths = []
     for weight in (0.2, 1.5):
-        world = World.synthetic(n_types=2, items_per_type=110, users_per_type=8, history_lengths=(0,), leaving=(-4.0, weight))
+        sizes = {"n_types": 2, "items_per_type": 110, "users_per_type": 8, "history_lengths": (0,)}
+        world = World.synthetic(**sizes, leaving=(-4.0, weight))
         env = MetaRecVectorEnv(256, world=world, autoreset_mode="Disabled")
         served = sum(int((~(step[2] | step[3])).sum()) for step in play(env, np.full((20, 256), 1)))
         lengths.append(served)

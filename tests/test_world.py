@@ -98,7 +98,8 @@ def test_importing_the_package_loads_no_torch_and_registers_the_id():
 
 def test_running_an_environment_imports_no_pandas_scipy_or_implicit():
     code = (
-        "import sys, gymnasium, metarec_gym; env = gymnasium.make('MetaRec/Select-v0'); env.reset(seed=0); env.step(0); "
+        "import sys, gymnasium, metarec_gym; env = gymnasium.make('MetaRec/Select-v0'); "
+        "env.reset(seed=0); env.step(0); "
         "heavy = {'pandas', 'scipy', 'implicit', 'sklearn', 'pyarrow'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -80,7 +80,8 @@ class MetaRecEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Available strategies, bool (K,)."""
-        return self._batch.action_masks()[0]
+        masks: NDArray[np.bool_] = self._batch.action_masks()[0]
+        return masks
 
     @staticmethod
     def _one(info: dict[str, Any]) -> dict[str, Any]:

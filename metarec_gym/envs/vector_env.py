@@ -152,7 +152,9 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
         self.strategy_names = self.world.strategies
         self.feature_slices = feature_slices(self.world)
         low, high = bounds(self.world)
-        self.single_observation_space = gymnasium.spaces.Box(np.float32(low), np.float32(high), dtype=np.float32)
+        self.single_observation_space = gymnasium.spaces.Box(
+            np.array(low, dtype=np.float32), np.array(high, dtype=np.float32), dtype=np.float32
+        )
         self.single_action_space = gymnasium.spaces.Discrete(self.world.n_strategies)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
