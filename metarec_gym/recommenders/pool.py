@@ -1,0 +1,272 @@
+"""The pool: the ordered strategies among which an action chooses, ranked for thousands of users at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from metarec_gym.recommenders.base import JSON, Cost, Strategy, best_items
+from metarec_gym.recommenders.content import Content
+from metarec_gym.recommenders.factorization import Als, Bpr
+from metarec_gym.recommenders.hybrid import ReciprocalRankFusion
+from metarec_gym.recommenders.neighbours import Ease, ItemKnn
+from metarec_gym.recommenders.non_personal import LongTail, Popular, Trending
+from metarec_gym.recommenders.precomputed import Precomputed
+from metarec_gym.recommenders.sequential import SasRec
+
+if TYPE_CHECKING:
+    from metarec_gym.data.dataset import Dataset
+
+POOL_SCHEMA = 1
+DEFAULT_POOL = (
+    "popular",
+    "trending",
+    "long_tail",
+    "item_knn",
+    "ease",
+    "als",
+    "bpr",
+    "content",
+    "sasrec",
+    "rrf",
+)
+"""The strategies that a world has if nothing else is said, in the order of their action indices."""
+
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "popular": Popular,
+    "trending": Trending,
+    "long_tail": LongTail,
+    "item_knn": ItemKnn,
+    "ease": Ease,
+    "als": Als,
+    "bpr": Bpr,
+    "content": Content,
+    "sasrec": SasRec,
+    "rrf": ReciprocalRankFusion,
+}
+"""What a name stands for, with its default settings."""
+
+_CLASSES: dict[str, Callable[..., Strategy]] = {
+    kind.__name__: kind
+    for kind in (
+        Popular,
+        Trending,
+        LongTail,
+        ItemKnn,
+        Ease,
+        Als,
+        Bpr,
+        Content,
+        SasRec,
+        ReciprocalRankFusion,
+        Precomputed,
+    )
+}
+_ELEMENTS_PER_CHUNK = 2**21
+"""Scores (rows x items) in flight at a time: some tens of MB with the keys that ranking makes of them."""
+_ROWS_PER_MATMUL = 16
+
+
+def rebuild(description: Mapping[str, Any]) -> Strategy:
+    """An empty strategy from `Strategy.describe()`, ready for `load_state_dict`.
+
+    Raises:
+        ValueError: When this metarec_gym has no such class.
+    """
+    if description["class"] not in _CLASSES:
+        raise ValueError(
+            f"no strategy class {description['class']!r} here (there are {sorted(_CLASSES)}); upgrade metarec_gym"
+        )
+    return _CLASSES[description["class"]](**description["settings"])
+
+
+class Pool:
+    """Fitted strategies in a fixed order; the place of a strategy is its action index.
+
+    Args:
+        strategies: Fitted on the same catalogue, with distinct names.
+    """
+
+    def __init__(self, strategies: Sequence[Strategy]) -> None:
+        names = [strategy.name for strategy in strategies]
+        if not strategies or len(set(names)) != len(names):
+            raise ValueError(f"a pool has one strategy or more, with distinct names; came {names}")
+        sizes = {strategy.name: strategy.n_items for strategy in strategies}
+        if len(set(sizes.values())) != 1 or 0 in sizes.values():
+            raise ValueError(f"the strategies of a pool are fitted on one catalogue; items known to each: {sizes}")
+        self.strategies = tuple(strategies)
+        self.names = tuple(names)
+        _bind(self.strategies)
+
+    @classmethod
+    def fit(
+        cls,
+        dataset: Dataset,
+        users: Tensor,
+        *,
+        seed: int,
+        names: Sequence[str | Strategy] = DEFAULT_POOL,
+        progress: bool = False,
+    ) -> Pool:
+        """Fits every strategy on the events of `users` and of nobody else.
+
+        Args:
+            dataset: The encoded log.
+            users: int64 (n,), the users of fold S.
+            seed: Each strategy draws from a stream of its own, so adding one changes no other.
+            names: Names of `STRATEGIES`, or strategies of your own (other settings, `Precomputed`, your own class).
+            progress: Show a bar.
+
+        Returns:
+            The pool, on the CPU.
+        """
+        from tqdm import tqdm
+
+        unknown = [name for name in names if isinstance(name, str) and name not in STRATEGIES]
+        if unknown:
+            raise ValueError(f"no strategy is named {unknown}; the names are {sorted(STRATEGIES)}")
+        strategies = [STRATEGIES[name]() if isinstance(name, str) else name for name in names]
+        _bind(strategies)
+        with tqdm(total=len(strategies), desc="strategies", unit="strategy", disable=not progress) as bar:
+            for strategy in strategies:
+                bar.set_postfix_str(strategy.name)
+                strategy.fit(dataset, users, seed=seed)
+                bar.update()
+        return cls(strategies)
+
+    @property
+    def n_items(self) -> int:
+        """Items in the catalogue."""
+        return self.strategies[0].n_items
+
+    @property
+    def device(self) -> torch.device:
+        """Where the strategies are."""
+        return self.strategies[0].popularity.device
+
+    def __len__(self) -> int:
+        """Number of strategies, K."""
+        return len(self.strategies)
+
+    def __iter__(self) -> Iterator[Strategy]:
+        """The strategies in the order of their action indices."""
+        return iter(self.strategies)
+
+    def __getitem__(self, name: str) -> Strategy:
+        """The strategy called `name`."""
+        if name not in self.names:
+            raise KeyError(f"no strategy {name!r} in this pool; it has {list(self.names)}")
+        return self.strategies[self.names.index(name)]
+
+    def to(self, device: torch.device | str) -> Pool:
+        """Moves every strategy to `device`; returns self."""
+        for strategy in self.strategies:
+            strategy.to(device)
+        return self
+
+    def costs(self) -> dict[str, Cost]:
+        """Cost of one request of each strategy, in the order of the pool."""
+        return {strategy.name: strategy.cost() for strategy in self.strategies}
+
+    @torch.no_grad()
+    def top_lists(self, histories: Tensor, length: int) -> Tensor:
+        """What every strategy would show to every user, without what the user has consumed.
+
+        Args:
+            histories: int64 (batch, H), newest last, -1 on the left; on any device.
+            length: Items in a list.
+
+        Returns:
+            int64 (batch, K, length) on the device of `histories`: best first, ties to the lower item index, -1 where
+            the catalogue ran out.
+        """
+        if length < 1:
+            raise ValueError(f"length is 1 or more, came {length}")
+        lists = histories.new_full((histories.shape[0], len(self), length), -1)
+        # sums over the items of a history: bounded in rows x items and in rows x history
+        widest = max(self.n_items, 64 * histories.shape[1], 1)
+        rows = max(_ROWS_PER_MATMUL, _ELEMENTS_PER_CHUNK // widest // _ROWS_PER_MATMUL * _ROWS_PER_MATMUL)
+        for begin in range(0, histories.shape[0], rows):
+            chunk = histories[begin : begin + rows].to(self.device)
+            n_rows = chunk.shape[0]
+            # whole multiples of 16 rows: a matrix product of fewer rows may round differently
+            chunk = torch.nn.functional.pad(chunk, (0, 0, 0, -n_rows % _ROWS_PER_MATMUL), value=-1)
+            lists[begin : begin + n_rows] = self._rank(chunk, length)[:n_rows].to(histories.device)
+        return lists
+
+    def _rank(self, histories: Tensor, length: int) -> Tensor:
+        fused = [strategy for strategy in self.strategies if isinstance(strategy, ReciprocalRankFusion)]
+        depth = {base: max(length, fusion.depth) for fusion in fused for base in fusion.bases}
+        ranked: dict[str, Tensor] = {}
+        # fusions last: they reuse the lists of their bases
+        for strategy in sorted(self.strategies, key=lambda strategy: strategy in fused):
+            if isinstance(strategy, ReciprocalRankFusion):
+                score = strategy.fuse([ranked[base][:, : strategy.depth] for base in strategy.bases])
+            else:
+                score = strategy.score(histories)
+            ranked[strategy.name] = best_items(score, histories, depth.get(strategy.name, length))
+        return torch.stack([ranked[name][:, :length] for name in self.names], dim=1)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `strategies.safetensors` and `strategies.json` into `folder`, each atomically; no pickle.
+
+        Two saves of equal pools are equal byte by byte: measured seconds are not stored.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{strategy.name}/{key}": value.detach().cpu().clone().contiguous()
+            for strategy in self.strategies
+            for key, value in strategy.state_dict().items()
+        }
+        description: dict[str, JSON] = {
+            "schema": POOL_SCHEMA,
+            "strategies": [strategy.describe() for strategy in self.strategies],
+        }
+        save_file(tensors, str(folder / "strategies.safetensors.partial"))
+        (folder / "strategies.json.partial").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        for file in ("strategies.safetensors", "strategies.json"):
+            os.replace(folder / f"{file}.partial", folder / file)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Pool:
+        """Reads a saved pool onto `device`.
+
+        Raises:
+            FileNotFoundError: When the folder holds no pool.
+            ValueError: When it comes from a newer schema.
+        """
+        folder = Path(folder)
+        for file in ("strategies.json", "strategies.safetensors"):
+            if not (folder / file).is_file():
+                raise FileNotFoundError(f"no {file} in {folder}; build a world: python -m experiments.build_world")
+        description = json.loads((folder / "strategies.json").read_text(encoding="utf-8"))
+        if description["schema"] > POOL_SCHEMA:
+            raise ValueError(
+                f"{folder} has pool schema {description['schema']}, this metarec_gym reads up to {POOL_SCHEMA}; "
+                "upgrade metarec_gym"
+            )
+        tensors = load_file(str(folder / "strategies.safetensors"), device=str(device))
+        strategies = []
+        for entry in description["strategies"]:
+            strategy = rebuild(entry).to(device)
+            prefix = f"{strategy.name}/"
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            strategy.load_state_dict(state)
+            strategies.append(strategy.eval())
+        return cls(strategies)
+
+
+def _bind(strategies: Sequence[Strategy]) -> None:
+    by_name = {strategy.name: strategy for strategy in strategies}
+    for strategy in strategies:
+        if isinstance(strategy, ReciprocalRankFusion):
+            strategy.bind(by_name)
