@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from metarec_gym.data.dataset import Dataset
     from metarec_gym.data.interactions import InteractionLog
     from metarec_gym.recommenders.pool import Pool
+    from metarec_gym.response.model import ResponseConfig
 
 WORLD_SCHEMA = 1
 FOLDS = ("A", "B")
@@ -257,6 +258,7 @@ class World:
         out: str | Path | None = None,
         progress: bool = True,
         replicas: int = 200,
+        response_config: ResponseConfig | None = None,
     ) -> World:
         """Turns a log into a world: fold S fits the strategies, folds A and B fit one judge each.
 
@@ -271,6 +273,7 @@ class World:
             out: Folder to save to; finished stages are kept beside it (`<out>.partial`) and found again after a kill.
             progress: Shows a line and a bar for each stage.
             replicas: Emitted logs of the posterior predictive check; 0 leaves the check out.
+            response_config: How the judges are fitted; None = the defaults.
 
         Returns:
             The world, saved to `out` when that is given.
@@ -278,7 +281,9 @@ class World:
         Raises:
             WorldError: When the log is too small to split, or the horizon is longer than the catalogue allows.
         """
-        return _Builder(log, seed, pool, starts_per_user, slate_size, horizon, out, progress, replicas).build()
+        return _Builder(
+            log, seed, pool, starts_per_user, slate_size, horizon, out, progress, replicas, response_config
+        ).build()
 
     @classmethod
     def synthetic(
@@ -428,6 +433,7 @@ class _Builder:
     out: str | Path | None
     progress: bool
     replicas: int
+    response_config: ResponseConfig | None
 
     def build(self) -> World:
         from metarec_gym.data import FOLD_A, FOLD_B, FOLD_S, encode
@@ -508,9 +514,8 @@ class _Builder:
         """Folder of finished stages, keyed by everything that decides them."""
         if self.out is None:
             return None
-        from importlib.metadata import version
-
-        key = stream(self.seed, self.log.hash, version("metarec-gym"), repr(self.pool_names), torch.__version__)
+        asked = (self.log.hash, _code_hash(), torch.__version__, repr(self.pool_names), repr(self.response_config))
+        key = stream(self.seed, *asked)
         folder = Path(f"{self.out}.partial") / f"{key:016x}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -546,7 +551,12 @@ class _Builder:
             return response, header["metrics"]
         self._say(f"fitting judge {fold} on {len(users)} users")
         response, metrics = fit_response(
-            dataset, users, seed=stream(self.seed, "judge", fold), heldout_users=others, progress=self.progress
+            dataset,
+            users,
+            seed=stream(self.seed, "judge", fold),
+            config=self.response_config,
+            heldout_users=others,
+            progress=self.progress,
         )
         if done is not None:
             save_file(response.tensors, str(done.with_suffix(".safetensors")))
@@ -659,6 +669,16 @@ class _Builder:
             pd.DataFrame(table).to_parquet(folder / (file + ".partial"), index=False)
             os.replace(folder / (file + ".partial"), folder / file)
         shutil.rmtree(f"{self.out}.partial", ignore_errors=True)
+
+
+def _code_hash() -> str:
+    """Hash of the code that fits: a stage kept by other code is not taken for finished."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for room in ("data", "recommenders", "response"):
+        for file in sorted((here / room).glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _write_text(path: Path, text: str) -> None:

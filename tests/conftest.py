@@ -6,8 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from metarec_gym.world import World
+
+# the tests' tensors are tiny: threads would only wait for each other
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
