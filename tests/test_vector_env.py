@@ -51,7 +51,7 @@ def test_a_step_worked_out_by_hand(tiny_world):
 
 
 def test_the_slate_is_the_first_items_that_were_not_shown():
-    lists = torch.tensor([[3, 1, 4, 0, -1], [2, 0, -1, -1, -1]], dtype=torch.int32)
+    lists = torch.tensor([[3, 1, 4, 0, 5], [2, 0, 5, 5, 5]], dtype=torch.int32)  # 5 = no item
     shown = torch.zeros(2, 6, dtype=torch.uint8)
     shown[:, -1] = 1
     shown[0, 1] = 1

@@ -38,16 +38,16 @@ def first_unshown(lists: Tensor, shown: Tensor, slate_size: int) -> Tensor:
     """First `slate_size` items of each list that were not shown yet, in list order.
 
     Args:
-        lists: int32 (rows, length), -1 = no item.
-        shown: uint8 (rows, n_items + 1); the last column is 1, so that -1 counts as shown.
+        lists: int32 (rows, length), n_items = no item.
+        shown: uint8 (rows, n_items + 1); the last column is 1, so that "no item" counts as shown.
         slate_size: Items wanted.
 
     Returns:
         int64 (rows, slate_size), filled up with -1.
     """
-    rows, n_items = lists.shape[0], shown.shape[1] - 1
+    rows = lists.shape[0]
     items = lists.to(torch.int64)
-    fresh = shown.gather(1, torch.where(items < 0, n_items, items)) == 0
+    fresh = shown.gather(1, items) == 0
     place = fresh.to(torch.int32).cumsum(dim=1) - 1
     # items that are shown or come later than the slate all land in one extra column, which is cut off
     target = torch.where(fresh & (place < slate_size), place.to(torch.int64), slate_size)
@@ -123,9 +123,7 @@ def advance(
         state,
         request=request,
         response=response.step(state.response, items, taken),
-        taste=state.taste + (tables.item_taste[items] * weight).sum(dim=1),
-        category=state.category + (tables.item_category[items] * weight).sum(dim=1),
-        popularity=state.popularity + (tables.item_popularity[items] * weight[..., 0]).sum(dim=1),
+        profile=state.profile + (tables.item_profile[items] * weight).sum(dim=1),
         engaged=state.engaged + count,
         strategy_count=state.strategy_count + chosen,
         strategy_reward=state.strategy_reward + chosen * served.reward[:, None],

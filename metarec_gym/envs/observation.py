@@ -61,8 +61,9 @@ def observe(tables: EnvTables, state: UserState, horizon: int, reward_scale: flo
     """
     rows, k = state.start.shape[0], tables.available.shape[0]
     engaged = state.engaged.clamp(min=1.0)[:, None]
-    total = state.category.sum(dim=1, keepdim=True).clamp(min=1e-6)
-    share = state.category / total
+    taste, category = state.profile[:, : tables.n_taste], state.profile[:, tables.n_taste : -1]
+    total = category.sum(dim=1, keepdim=True).clamp(min=1e-6)
+    share = category / total
     entropy = -(share * torch.log(share.clamp(min=1e-9))).sum(dim=1, keepdim=True)
     entropy = entropy / math.log(max(share.shape[1], 2))
     # one pseudo-request without reward keeps a single lucky answer from looking certain
@@ -70,9 +71,9 @@ def observe(tables: EnvTables, state: UserState, horizon: int, reward_scale: flo
     last = torch.nn.functional.one_hot(state.last_strategy.clamp(min=0), k) * (state.last_strategy >= 0)[:, None]
     obs = torch.cat(
         [
-            state.taste / engaged,
+            taste / engaged,
             torch.log1p(state.engaged)[:, None] / math.log1p(1000.0),
-            state.popularity[:, None] / engaged,
+            state.profile[:, -1:] / engaged,
             entropy,
             state.unrewarded[:, None] / 10.0,
             state.request.to(torch.float32)[:, None] / horizon,

@@ -23,15 +23,13 @@ class EnvTables:
     length: Tensor
     lists: Tensor
     state: Tensor
-    taste: Tensor
-    category: Tensor
-    popularity: Tensor
+    profile: Tensor
     static_obs: Tensor
     """float32 (n, ...): the part of the observation that does not change inside an episode."""
     effects: Tensor
-    item_taste: Tensor
-    item_category: Tensor
-    item_popularity: Tensor
+    item_profile: Tensor
+    """float32 (n_items, n_taste + n_categories + 1): what an item adds to the profile of the user who takes it."""
+    n_taste: int
     outcome_weights: Tensor
     cost: Tensor
     available: Tensor
@@ -53,21 +51,21 @@ def make_tables(world: World, config: EnvConfig, device: torch.device) -> EnvTab
         "start_row": row,
         "user": t["start_user"][index],
         "length": t["start_length"][index].to(torch.float32),
-        "lists": t["start_lists"][index],
+        # "no item" gets the index behind the last item, so that it can be looked up like one
+        "lists": torch.where(t["start_lists"] < 0, world.n_items, t["start_lists"])[index],
         "state": t["start_state"][index],
-        "taste": t["start_taste"][index],
-        "category": t["start_category"][index],
-        "popularity": t["start_popularity"][index].to(torch.float32),
+        "profile": torch.cat([t["start_taste"], t["start_category"], t["start_popularity"][:, None].float()], dim=1)[
+            index
+        ],
         "static_obs": static,
         "effects": world.responses[config.fold].effects(config.world_seed),
-        "item_taste": t["item_taste"],
-        "item_category": t["item_category"],
-        "item_popularity": t["item_popularity"],
+        "item_profile": torch.cat([t["item_taste"], t["item_category"], t["item_popularity"][:, None]], dim=1),
         "outcome_weights": t["outcome_weights"],
         "cost": t["costs"] * config.cost_weight,
         "available": available,
     }
-    return EnvTables(**{name: value.contiguous().to(device) for name, value in values.items()})
+    n_taste = t["item_taste"].shape[1]
+    return EnvTables(n_taste=n_taste, **{name: value.contiguous().to(device) for name, value in values.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +82,8 @@ class UserState:
     """float32 (rows, state_dim): the judge's state."""
     shown: Tensor
     """uint8 (rows, n_items + 1): items shown in this episode; the last column stands for "no item" and is always 1."""
-    taste: Tensor
-    category: Tensor
-    popularity: Tensor
+    profile: Tensor
+    """float32 (rows, n_taste + n_categories + 1): sums of taste, category shares and popularity over the items taken."""
     engaged: Tensor
     """float32: items taken, history included."""
     strategy_count: Tensor
@@ -114,9 +111,7 @@ def fresh_rows(tables: EnvTables, start: Tensor, draw_key: Tensor, shown: Tensor
         request=torch.zeros_like(start),
         response=tables.state[start],
         shown=shown,
-        taste=tables.taste[start],
-        category=tables.category[start],
-        popularity=tables.popularity[start],
+        profile=tables.profile[start],
         engaged=tables.length[start],
         strategy_count=torch.zeros(rows, strategies, device=start.device),
         strategy_reward=torch.zeros(rows, strategies, device=start.device),

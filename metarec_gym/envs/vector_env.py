@@ -164,6 +164,7 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
         self._response = self.world.responses[fold].to(self.device)
         self._reward_scale = self.world.reward_scale * self.slate_size
         index = torch.arange(self._rows, device=self.device)
+        self._all = torch.ones(self._rows, dtype=torch.bool, device=self.device)
         self._row_seed = index.clone()
         self._seeded = False
         self._episode = torch.zeros_like(index)
@@ -370,9 +371,7 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
         return rows if self.output == "torch" else rows.cpu().numpy()
 
     def _add(self, info: dict[str, Any], key: str, value: Any, rows: Tensor | None = None) -> None:
-        if rows is None:
-            rows = torch.ones(self._rows, dtype=torch.bool, device=self.device)
-        info[key], info[f"_{key}"] = value, self._out(rows.clone())
+        info[key], info[f"_{key}"] = value, self._out((self._all if rows is None else rows).clone())
 
     def _info(self, served: Any = None) -> dict[str, Any]:
         state = self._current()

@@ -83,10 +83,11 @@ class FrozenResponse:
         self.n_static = t["static_features"].shape[1]
         self.state_dim = (self.n_decays + 1) * self.dim + 1
         self._check()
-        # one wide row an item: a slate costs one gather instead of five
-        self._table = torch.cat(
-            [t["item_output"].flatten(1), t["item_input"], t["static_features"], t["item_bias"]], dim=1
-        ).contiguous()
+        # one row an item and outcome, [v_o, e, static, b_o]: a slate then costs one gather and one product with the user's
+        # row [tower_o, effects' part on the state, effects' part on static features, 1]
+        shared = torch.cat([t["item_input"], t["static_features"]], dim=1)[:, None].expand(-1, self.n_outcomes, -1)
+        self._table = torch.cat([t["item_output"], shared, t["item_bias"][..., None]], dim=2).contiguous()
+        self._log_decays = torch.log(t["decays"])
         self._scale, self._shift = t["calibration"][:, 0].contiguous(), t["calibration"][:, 1].contiguous()
         self.has_pair_noise = bool((t["pair_sd"] > 0).any())
         self.hash = self._content_hash()
@@ -184,15 +185,16 @@ class FrozenResponse:
         rows, taken = state.shape[0], engaged.to(torch.float32)
         vectors = self.tensors["item_input"][items] * taken[..., None]
         # number of items taken after position j: the exponent of the decay that item j has met by the end of the slate
-        after = taken.sum(dim=1, keepdim=True) - taken.cumsum(dim=1)
+        count = taken.sum(dim=1, keepdim=True)
+        after = count - taken.cumsum(dim=1)
         decays = self.tensors["decays"]
         averages = state[:, : self.n_decays * self.dim].view(rows, self.n_decays, self.dim)
         # s' = d^m s + sum_j (1 - d) d^(taken after j) e_j, with m items taken
-        kept = averages * (decays[None, :] ** taken.sum(dim=1, keepdim=True))[..., None]
-        weight = (1.0 - decays)[None, :, None] * decays[None, :, None] ** after[:, None, :]
-        gained = (weight[..., None] * vectors[:, None]).sum(dim=2)
+        kept = averages * torch.exp(count * self._log_decays)[..., None]
+        weight = (1.0 - decays)[:, None] * torch.exp(after[:, None, :] * self._log_decays[:, None])
+        gained = torch.stack([(weight[:, n, :, None] * vectors).sum(dim=1) for n in range(self.n_decays)], dim=1)
         total = state[:, self.n_decays * self.dim : -1] + vectors.sum(dim=1)
-        return torch.cat([(kept + gained).flatten(1), total, state[:, -1:] + taken.sum(dim=1, keepdim=True)], dim=1)
+        return torch.cat([(kept + gained).flatten(1), total, state[:, -1:] + count], dim=1)
 
     def inputs(self, state: Tensor) -> Tensor:
         """What the tower reads: averages, mean vector of the whole history, log count; (rows, state_dim) both."""
@@ -231,23 +233,17 @@ class FrozenResponse:
             float32 (rows, m, n_outcomes) in (0, 1).
         """
         inputs = self.inputs(state)
-        tower = self.tower(inputs)
-        wide = self._table[items]
-        split = self.n_outcomes * self.rank
-        latent, vectors = wide[..., :split], wide[..., split : split + self.dim]
-        static, bias = wide[..., split + self.dim : -self.n_outcomes], wide[..., -self.n_outcomes :]
-        recent = (vectors * inputs[:, None, : self.dim]).sum(dim=-1, keepdim=True)
-        whole = (vectors * inputs[:, None, self.n_decays * self.dim : -1]).sum(dim=-1, keepdim=True)
-        phi = torch.cat([static, torch.cat([recent, whole], dim=-1) * self.tensors["dynamic_scale"]], dim=-1)
-        logits = []
-        for outcome in range(self.n_outcomes):
-            part = latent[..., outcome * self.rank : (outcome + 1) * self.rank]
-            score = (part * tower[:, None, outcome]).sum(dim=-1) + bias[..., outcome]
-            score = score + (phi * effects[:, None, outcome]).sum(dim=-1)
-            if pair_noise is not None:
-                score = score + self.tensors["pair_sd"][outcome] * pair_noise
-            logits.append(score * self._scale[outcome] + self._shift[outcome])
-        stacked = torch.stack(logits, dim=-1)
+        scale = self.tensors["dynamic_scale"]
+        split = self.n_static
+        # z . phi of the two co-occurrence features is e_i . (z_recent scale recent + z_history scale mean): linear in e_i
+        recent = inputs[:, None, : self.dim] * (effects[..., split, None] * scale[0])
+        whole = inputs[:, None, self.n_decays * self.dim : -1] * (effects[..., split + 1, None] * scale[1])
+        ones = torch.ones_like(effects[..., :1])
+        user = torch.cat([self.tower(inputs), recent + whole, effects[..., :split], ones], dim=2)
+        score = (self._table[items] * user[:, None]).sum(dim=-1)
+        if pair_noise is not None:
+            score = score + self.tensors["pair_sd"] * pair_noise[..., None]
+        stacked = score * self._scale + self._shift
         if position:
             # only the gate depends on being looked at; what follows is given that the item was taken
             stacked = torch.cat(
