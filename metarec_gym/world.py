@@ -637,15 +637,19 @@ class _Builder:
         if done is not None and done.is_file():
             return dict(json.loads(done.read_text()))
         self._say(f"posterior predictive check with {self.replicas} emitted logs")
-        result: dict[str, Any] = check_world(
+        check = functools.partial(
+            check_world,
             dataset,
             {"A": (responses["A"], users_a), "B": (responses["B"], users_b)},
-            lambda histories, length: pool.top_lists(histories, length),
+            pool.top_lists,
             tuple(pool.names),
-            replicas=self.replicas,
             seed=self.seed,
             progress=self.progress,
         )
+        result: dict[str, Any] = check(replicas=self.replicas)
+        # a log in which similar items are met in a row looks predictable between odd and even events; halves one after the
+        # other say how much of that lasts
+        result["consecutive_halves"] = check(replicas=max(self.replicas // 4, 2), halves="consecutive")
         if done is not None:
             _write_text(done, json.dumps(result))
         return result
