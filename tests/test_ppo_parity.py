@@ -1,0 +1,196 @@
+"""One update of ours equals one update of Stable-Baselines3 on the same weights, batch and permutations."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from agents import ppo
+from metarec_gym.seeding import torch_generator
+
+STEPS, ENVS, SEED = 64, 4, 11
+
+
+@pytest.fixture(autouse=True)
+def _sb3_uses_global_generators() -> Iterator[None]:
+    # SB3 seeds and draws from the process-wide generators; they are put back, so no other test can notice
+    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    random.setstate(saved[0])
+    np.random.set_state(saved[1])  # noqa: NPY002
+    torch.set_rng_state(saved[2])
+
+
+class Recorder(Logger):
+    """Keeps what SB3 logs."""
+
+    def __init__(self) -> None:
+        super().__init__(folder=None, output_formats=[])
+
+
+def sb3_model(**settings: Any) -> PPO:
+    env = DummyVecEnv([lambda: gym.make("CartPole-v1") for _ in range(ENVS)])
+    model = PPO("MlpPolicy", env, n_steps=STEPS, seed=SEED, device="cpu", **settings)
+    model.set_logger(Recorder())
+    # moves away from the symmetric start, so that the second rollout has advantages and ratios worth comparing
+    _, callback = model._setup_learn(10_000, None)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, STEPS)
+    model.train()
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, STEPS)
+    return model
+
+
+def ours_of(model: PPO) -> tuple[ppo.ActorCritic, torch.optim.Optimizer]:
+    """Our network and optimiser in the state of the model's."""
+    net = ppo.ActorCritic(4, 2, (64, 64), torch_generator(0))
+    pairs = [*parameter_pairs(net, model)]
+    optimizer = torch.optim.Adam(net.parameters(), lr=model.learning_rate, eps=1e-5, fused=True)
+    with torch.no_grad():
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
+            state = model.policy.optimizer.state[theirs]
+            optimizer.state[mine] = {name: tensor.clone() for name, tensor in state.items()}
+    return net, optimizer
+
+
+def parameter_pairs(net: ppo.ActorCritic, model: PPO) -> Iterator[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+    extractor = model.policy.mlp_extractor
+    actor = [*extractor.policy_net, model.policy.action_net]
+    critic = [*extractor.value_net, model.policy.value_net]
+    for mine, theirs in zip([*net.actor, *net.critic], [*actor, *critic], strict=True):
+        if isinstance(mine, torch.nn.Linear):
+            yield mine.weight, theirs.weight
+            yield mine.bias, theirs.bias
+
+
+def flat_batch(model: PPO) -> ppo.Batch:
+    buffer = model.rollout_buffer
+
+    def flat(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(buffer.swap_and_flatten(array)).squeeze(-1)
+
+    return ppo.Batch(
+        obs=torch.from_numpy(buffer.swap_and_flatten(buffer.observations)),
+        mask=torch.ones(STEPS * ENVS, 2, dtype=torch.bool),
+        action=flat(buffer.actions).long(),
+        log_prob=flat(buffer.log_probs),
+        value=flat(buffer.values),
+        advantage=flat(buffer.advantages),
+        returns=flat(buffer.returns),
+    )
+
+
+CONFIGS = {
+    "defaults": {},
+    "value clipping": {"clip_range_vf": 0.2},
+    "entropy bonus": {"ent_coef": 0.02},
+    "raw advantages": {"normalize_advantage": False},
+    "hard gradient clipping": {"max_grad_norm": 0.01},
+    "no gradient clipping": {"max_grad_norm": 1e9},
+    "tripped target_kl": {"target_kl": 1e-3, "learning_rate": 3e-3},
+    "uneven minibatches": {"batch_size": 100},
+}
+
+
+def compare(settings: dict[str, Any]) -> tuple[float, dict[str, tuple[float, float]]]:
+    """Largest parameter difference after one update, and both sides of every logged scalar."""
+    settings = {"batch_size": 64, "n_epochs": 4, "learning_rate": 1e-3, **settings}
+    model = sb3_model(**settings)
+    net, optimizer = ours_of(model)
+    batch = flat_batch(model)
+    args = ppo.Args(
+        minibatch_size=settings["batch_size"],
+        normalize_advantage=settings.get("normalize_advantage", True),
+        clip_range_vf=settings.get("clip_range_vf"),
+        ent_coef=settings.get("ent_coef", 0.0),
+        max_grad_norm=settings.get("max_grad_norm", 0.5),
+        target_kl=settings.get("target_kl"),
+    )
+    np.random.seed(SEED)  # noqa: NPY002 (SB3 shuffles with it)
+    orders = [torch.from_numpy(np.random.permutation(STEPS * ENVS)) for _ in range(4)]  # noqa: NPY002
+    scalars = ppo.update(net, optimizer, batch, args, orders)
+    np.random.seed(SEED)  # noqa: NPY002
+    model.train()
+    logged = model.logger.name_to_value
+    difference = max(float((a - b).detach().abs().max()) for a, b in parameter_pairs(net, model))
+    return difference, {tag: (float(number), float(logged[tag])) for tag, number in scalars.items()}
+
+
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_update_equals_stable_baselines3(name: str) -> None:
+    difference, scalars = compare(CONFIGS[name])
+    assert difference <= 1e-6
+    for tag, (mine, theirs) in scalars.items():
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6), tag
+
+
+def test_the_tripped_target_kl_really_ends_the_update_early() -> None:
+    model = sb3_model(batch_size=64, n_epochs=4, learning_rate=3e-3, target_kl=1e-3)
+    before = model._n_updates
+    model.train()
+    assert model._n_updates - before < 4
+
+
+def test_our_advantages_equal_those_of_the_rollout_buffer() -> None:
+    model = sb3_model(batch_size=64, n_epochs=1)
+    buffer = model.rollout_buffer
+    with torch.no_grad():
+        last = model.policy.predict_values(torch.as_tensor(model._last_obs))[:, 0]
+    starts = torch.from_numpy(buffer.episode_starts).bool()
+    done = torch.cat([starts[1:], torch.as_tensor(model._last_episode_starts)[None].bool()])
+    value = torch.from_numpy(buffer.values)
+    # SB3 adds the bootstrap of a truncation to the reward, so both kinds of end are terminations here
+    mine = ppo.advantages_of(
+        torch.from_numpy(buffer.rewards), value, torch.cat([value[1:], last[None]]), done, done, 0.99, 0.95
+    )  # fmt: skip
+    np.testing.assert_allclose(mine.numpy(), buffer.advantages, atol=1e-5)
+
+
+def _flip_advantage(batch: ppo.Batch) -> ppo.Batch:
+    batch.advantage = -batch.advantage
+    return batch
+
+
+def _stale_log_probs(batch: ppo.Batch) -> ppo.Batch:
+    batch.log_prob = batch.log_prob + 0.1
+    return batch
+
+
+def _unclipped_value_targets(batch: ppo.Batch) -> ppo.Batch:
+    batch.returns = batch.advantage
+    return batch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutate", [_flip_advantage, _stale_log_probs, _unclipped_value_targets])
+def test_a_planted_error_in_the_batch_breaks_the_parity(
+    mutate: Callable[[ppo.Batch], ppo.Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_batch = flat_batch
+    monkeypatch.setattr("tests.test_ppo_parity.flat_batch", lambda model: mutate(true_batch(model)))
+    difference, _ = compare({})
+    assert difference > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", [{"vf_coef": 0.25}, {"clip_range": 0.05}, {"normalize_advantage": False}])
+def test_a_planted_error_in_a_loss_term_breaks_the_parity(
+    setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_args = ppo.Args
+    monkeypatch.setattr(ppo, "Args", lambda **kwargs: true_args(**{**kwargs, **setting}))
+    difference, _ = compare({})
+    assert difference > 1e-5
