@@ -1,0 +1,111 @@
+"""Log -> world: fits the strategies and the two judges, ranks every start state's lists, checks what it built.
+
+    python -m experiments.build_world --log envs_data/movielens_100k --out worlds/movielens_100k
+
+Finished stages are kept in `<out>.partial` while it runs; a finished world of the same log and settings is found again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.run_folder import RunFolder, code_hash, jsonable
+
+CODE = ("metarec_gym/data", "metarec_gym/recommenders", "metarec_gym/response", "metarec_gym/world.py")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Builds a world from a prepared log."""
+
+    log: Path
+    """Folder of a prepared log (`python -m envs_data.<log>.prepare`)."""
+    out: Path
+    """Folder of the world."""
+    seed: int = 0
+    """Decides folds, fits and start states."""
+    pool: tuple[str, ...] = ()
+    """Strategies by name; none given takes the default pool."""
+    starts_per_user: int = 8
+    """Start states for each user of folds A and B; the first is cold."""
+    slate_size: int = 5
+    """Items a request."""
+    horizon: int | None = None
+    """Requests an episode; none given takes the largest sound one."""
+    replicas: int = 200
+    """Emitted logs of the posterior predictive check; 0 leaves it out."""
+    force: bool = False
+    """Builds again although a world of the same log and settings is there."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+def run(args: Args) -> dict[str, Any]:
+    """Builds the world, or finds it finished.
+
+    Args:
+        args: The command line.
+
+    Returns:
+        The result row.
+    """
+    from metarec_gym.data import InteractionLog
+    from metarec_gym.world import World
+
+    log = InteractionLog.load(args.log)
+    settings = {"seed": args.seed, "pool": list(args.pool), "starts_per_user": args.starts_per_user}
+    settings |= {"slate_size": args.slate_size, "horizon": args.horizon, "replicas": args.replicas}
+    facts = {"kind": "world", "log": log.hash, "settings": settings, "code": code_hash(CODE)}
+    folder = RunFolder(args.runs, f"world_{log.name}", facts)
+    done = folder.result()
+    if done is not None and not args.force and (args.out / "world.json").is_file():
+        built = json.loads((args.out / "world.json").read_text())
+        if built.get("hash") == done["world"]:
+            print(f"world  {log.name}  {done['world']}  found in {args.out}")
+            return done
+    folder.begin(args)
+    started = time.perf_counter()
+    world = World.build(
+        log,
+        seed=args.seed,
+        pool=args.pool or None,
+        starts_per_user=args.starts_per_user,
+        slate_size=args.slate_size,
+        horizon=args.horizon,
+        out=args.out,
+        progress=not args.quiet,
+        replicas=args.replicas,
+    )
+    row = folder.finish(
+        {
+            "world": world.hash,
+            "name": world.name,
+            "folder": str(args.out),
+            "responses": {fold: response.hash for fold, response in world.responses.items()},
+            "seed": args.seed,
+            "device": "cpu",
+            "seconds": time.perf_counter() - started,
+            "horizon": world.horizon,
+            "strategies": world.strategies,
+            "metrics": jsonable(world.metrics),
+        }
+    )
+    print(f"world  {world.name}  {world.hash}  saved to {args.out} in {row['seconds']:.0f} s")
+    return row
+
+
+def main() -> None:
+    """The command line."""
+    import tyro
+
+    run(tyro.cli(Args, description=__doc__))
+
+
+if __name__ == "__main__":
+    main()

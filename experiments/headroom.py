@@ -1,0 +1,164 @@
+"""Is there anything to win by selecting? Asked before anything is trained.
+
+    python -m experiments.headroom --world worlds/movielens_100k
+
+Every strategy is played from the same start states with the same luck; the numbers are explained in the report of
+`python -m experiments.compare`. A second run reads what the first one stored, a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.run_folder import ENV_CODE, RunFolder, code_hash, command_line
+from metarec_gym.evaluation.headroom import EvalSettings
+
+if TYPE_CHECKING:
+    from metarec_gym.evaluation.headroom import Headroom
+    from metarec_gym.world import World
+
+PLAY_CODE = (*ENV_CODE, "metarec_gym/evaluation/rollout.py", "metarec_gym/evaluation/headroom.py")
+"""Code that decides what a play returns."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Measures the headroom of a world."""
+
+    world: Path
+    """Folder of the world."""
+    evaluation: EvalSettings = field(default_factory=EvalSettings)
+    """How policies are played."""
+    workers: int = 2
+    """Processes, one core each."""
+    device: str = "cpu"
+    """Where environments run; on a CUDA device one worker is used."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+def load_world(folder: Path) -> World:
+    """The world of a folder."""
+    from metarec_gym.world import resolve_world
+
+    return resolve_world(folder)
+
+
+def world_line(world: World) -> str:
+    """The first line of the table."""
+    return (
+        f"world  {world.name}  {world.hash}   {world.n_users:,} users  {world.n_items:,} items  "
+        f"{world.n_strategies} strategies"
+    )
+
+
+def measure(
+    world: World,
+    source: Path,
+    settings: EvalSettings,
+    *,
+    runs: Path,
+    workers: int = 2,
+    device: str = "cpu",
+    progress: bool = True,
+    command: str | None = None,
+) -> tuple[Headroom, RunFolder]:
+    """The headroom, from stored plays where they exist.
+
+    Args:
+        world: The world.
+        source: Its folder.
+        settings: How policies are played.
+        runs: Folder of all runs.
+        workers: Processes.
+        device: Where environments run.
+        progress: Shows bars.
+        command: The command line to note; the one running now if None.
+
+    Returns:
+        The headroom and its run folder.
+    """
+    from metarec_gym.evaluation.headroom import measure_headroom
+
+    facts = {"kind": "headroom", "world": world.hash, "settings": settings, "device": device.split(":")[0]}
+    folder = RunFolder(runs, f"headroom_{world.name}", {**facts, "code": code_hash(PLAY_CODE)})
+    finished = folder.result() is not None
+    if not finished:
+        folder.begin({"world": str(source), "evaluation": settings, "device": device}, command)
+    started = time.perf_counter()
+    headroom = measure_headroom(
+        world,
+        settings,
+        folder=folder.path / "plays",
+        source=source,
+        workers=1 if device != "cpu" else min(workers, os.cpu_count() or 1),
+        device=device,
+        progress=progress,
+    )
+    if not finished:
+        responses = {fold: response.hash for fold, response in world.responses.items()}
+        row = {"world": world.hash, "responses": responses, "seed": settings.seed, "device": device}
+        folder.finish({**row, "seconds": time.perf_counter() - started, **headroom.to_json()})
+    return headroom, folder
+
+
+def run(args: Args) -> dict[str, Any]:
+    """Measures and prints.
+
+    Args:
+        args: The command line.
+
+    Returns:
+        The result row.
+    """
+    from metarec_gym.evaluation.verdict import decide
+
+    world = load_world(args.world)
+    print(world_line(world))
+    headroom, folder = measure(
+        world,
+        args.world,
+        args.evaluation,
+        runs=args.runs,
+        workers=args.workers,
+        device=args.device,
+        progress=not args.quiet,
+        command=command_line(),
+    )
+    print(headroom.line())
+    optimism = f"{headroom.optimism:.2%} of the single best strategy"
+    plug_in = headroom.plug_in()
+    print(
+        f"oracle without cross-fitting {plug_in.as_percent()}: optimistic by {optimism}, "
+        f"{headroom.replicates} replicates a half"
+    )
+    for index, window in enumerate(headroom.windows):
+        if index != headroom.headline:
+            parts = ", ".join(f"{name} {i.as_percent()}" for name, i in headroom.headrooms(index).items())
+            print(f"  {window.name}: {parts}")
+    for note in headroom.notes:
+        print(f"note  {note}")
+    verdict = decide(headroom.sbs_name, headroom.headrooms(), {})
+    print(f"verdict before training  {verdict.headline}. {verdict.reason}")
+    print(f"result   {folder.path / 'result.json'}")
+    return folder.result() or {}
+
+
+def main() -> None:
+    """The command line."""
+    import tyro
+
+    from metarec_gym.evaluation.tasks import one_thread
+
+    one_thread()
+    run(tyro.cli(Args, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
+
+
+if __name__ == "__main__":
+    main()

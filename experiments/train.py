@@ -1,0 +1,231 @@
+"""Trains one learner on one fold's users and judge.
+
+    python -m experiments.train --agent ppo --world worlds/movielens_100k --fold A --seed 0
+
+The run's folder is named by everything that decides the result: a finished run is found and not repeated. With --resume a
+killed PPO run goes on from its last checkpoint and ends with the same numbers; SB3 starts again from its seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from experiments.run_folder import ENV_CODE, RunFolder, code_hash
+
+if TYPE_CHECKING:
+    from metarec_gym.evaluation.tasks import Arrays
+
+SELECT_ID = "MetaRec/Select-v0"
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Where a learner lives and how it is run by default."""
+
+    module: str
+    seeds: int
+    num_envs: int
+    num_steps: int
+    output: Literal["torch", "numpy"]
+
+
+LEARNERS = {
+    "ppo": Learner("agents.ppo", seeds=10, num_envs=256, num_steps=33, output="torch"),
+    "sb3_ppo": Learner("agents.sb3", seeds=5, num_envs=256, num_steps=33, output="numpy"),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Trains one learner."""
+
+    world: Path | None = None
+    """Folder of the world; the embedded synthetic one if absent."""
+    agent: Literal["ppo", "sb3_ppo"] = "ppo"
+    """The learner."""
+    env: str = SELECT_ID
+    """Registered id of the environment."""
+    fold: Literal["A", "B"] = "A"
+    """Whose users and judge to train on; score on the other."""
+    seed: int = 0
+    """Seed of everything random in the training."""
+    steps: int = 300_000
+    """Requests to learn from."""
+    num_envs: int | None = None
+    """Users served at once; the learner's default if absent."""
+    horizon: int | None = None
+    """Requests an episode; the world's if absent."""
+    slate_size: int | None = None
+    """Items a request; the world's if absent."""
+    cost_weight: float = 0.0
+    """Reward lost for the relative serving cost (dearest strategy = 1) of each request."""
+    set: tuple[str, ...] = ()
+    """More hyperparameters of the learner, `name=value` each, e.g. `--set learning_rate=3e-4 epochs=8`."""
+    resume: bool = False
+    """Go on from the last checkpoint of a killed run."""
+    device: str = "cpu"
+    """Where the environment and our PPO run."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    quiet: bool = False
+    """No progress line."""
+
+
+def learner_args(args: Args) -> Any:
+    """The learner's own `Args`: seed, steps, then `--set`.
+
+    Raises:
+        ValueError: When `--set` names no hyperparameter of the learner.
+    """
+    module = importlib.import_module(LEARNERS[args.agent].module)
+    default = module.Args()
+    fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+    changes: dict[str, Any] = {"seed": args.seed, "total_steps": args.steps}
+    if args.horizon is not None and "num_steps" in fields:
+        changes["num_steps"] = args.horizon
+    for text in args.set:
+        name, found, value = text.partition("=")
+        if not found or name not in fields:
+            raise ValueError(f"--set {text!r}: expected name=value with a name of {sorted(fields)}")
+        changes[name] = _convert(value, fields[name])
+    return dataclasses.replace(default, **changes)
+
+
+def _convert(text: str, like: Any) -> Any:
+    if text == "None":
+        return None
+    if isinstance(like, bool):
+        if text not in ("True", "False"):
+            raise ValueError(f"{text!r} is neither True nor False")
+        return text == "True"
+    if isinstance(like, tuple):
+        return tuple(int(part) for part in text.split(","))
+    for kind in (int, float):
+        if isinstance(like, kind) or like is None:
+            try:
+                return kind(text)
+            except ValueError:
+                if like is not None and kind is float:
+                    raise
+    return text
+
+
+def run_folder(args: Args) -> RunFolder:
+    """The folder of this training run, finished or not."""
+    from metarec_gym.world import resolve_world
+
+    learner = LEARNERS[args.agent]
+    facts = {
+        "kind": "train",
+        "agent": args.agent,
+        "env": args.env,
+        "world": resolve_world(args.world).hash,
+        "fold": args.fold,
+        "num_envs": args.num_envs or learner.num_envs,
+        "horizon": args.horizon,
+        "slate_size": args.slate_size,
+        "cost_weight": args.cost_weight,
+        "device": args.device.split(":")[0],
+        "learner": learner_args(args),
+        "code": code_hash((*ENV_CODE, learner.module.replace(".", "/") + ".py")),
+    }
+    return RunFolder(args.runs, f"{args.agent}_{args.fold}_seed{args.seed}", facts)
+
+
+def run(args: Args, command: str | None = None) -> dict[str, Any]:
+    """Trains, or finds the finished run.
+
+    Args:
+        args: The command line.
+        command: What to note as the command; the one running now if None.
+
+    Returns:
+        The result row; the policy is `policy.safetensors` in its folder.
+    """
+    import gymnasium
+
+    import metarec_gym  # noqa: F401  (registers the ids)
+    from metarec_gym.evaluation.tasks import advance
+    from metarec_gym.world import resolve_world
+
+    folder = run_folder(args)
+    done = folder.result()
+    if done is not None:
+        return done
+    folder.begin(args, command)
+    learner = LEARNERS[args.agent]
+    world = resolve_world(args.world)
+    env: Any = gymnasium.make_vec(
+        args.env,
+        num_envs=args.num_envs or learner.num_envs,
+        vectorization_mode="vector_entry_point",
+        world=world,
+        fold=args.fold,
+        horizon=args.horizon,
+        slate_size=args.slate_size,
+        cost_weight=args.cost_weight,
+        device=args.device,
+        output=learner.output,
+        autoreset_mode="SameStep",
+    )
+    step = env.step
+
+    def counted(actions: Any) -> Any:
+        advance(env.num_envs)
+        return step(actions)
+
+    env.step = counted
+    started = time.perf_counter()
+    module = importlib.import_module(learner.module)
+    result = module.train(env, learner_args(args), run_dir=folder.path, progress=not args.quiet, resume=args.resume)
+    env.close()
+    policy = result.policy.save(folder.path / "policy.safetensors")
+    return folder.finish(
+        {
+            "agent": args.agent,
+            "env": args.env,
+            "world": world.hash,
+            "response": world.responses[args.fold].hash,
+            "fold": args.fold,
+            "seed": args.seed,
+            "device": args.device,
+            "steps": result.steps,
+            "seconds": result.seconds,
+            "wall_seconds": time.perf_counter() - started,
+            "policy": policy.name,
+            "metrics": {k: v for k, v in result.metrics.items() if np.isfinite(v)},
+        }
+    )
+
+
+def train_task(args: Args, command: str) -> Arrays:
+    """The same as one task of many, for a worker process."""
+    row = run(args, command)
+    return {"seconds": np.array(row["seconds"])}
+
+
+def main() -> None:
+    """The command line."""
+    import tyro
+
+    from metarec_gym.evaluation.tasks import one_thread
+
+    one_thread()
+    args = tyro.cli(Args, description=__doc__)
+    folder = run_folder(args)
+    if folder.result() is not None:
+        print(f"found finished: {folder.path}")
+    row = run(args)
+    print(f"{args.agent}  fold {args.fold}  seed {args.seed}  {row['steps']:,} steps in {row['seconds']:.0f} s")
+    print(f"policy   {folder.path / 'policy.safetensors'}        curves   tensorboard --logdir {args.runs}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Is it better, and how sure: rollouts, headroom, closed gaps, intervals, verdict, report."""

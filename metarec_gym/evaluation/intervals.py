@@ -1,0 +1,196 @@
+"""Intervals that carry the variance of users and of training seeds; the unit is the user.
+
+A learned policy is trained under several seeds and every seed is played on the same users, so a result is a matrix
+(seeds, users). Both are samples: other seeds and other users would have given other numbers. With the two-way model
+
+    y_su = mu + seed_s + user_u + rest_su
+
+the variance of the grand mean is  var(seed) / S + var(user) / n + var(rest) / (S n), estimated from the mean squares of
+seeds, users and rest; its degrees of freedom are Welch and Satterthwaite's. Ten seeds over six hundred users then get a
+t quantile close to 2.26 where seeds matter and close to 1.96 where users do. By simulation (tests) 95 % intervals cover
+in 93-97 % of cases; where nearly all variance is in the rest they err on the wide side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval.
+
+    Attributes:
+        estimate: Point estimate.
+        low: Lower bound.
+        high: Upper bound.
+        se: Standard error.
+        df: Degrees of freedom of the t quantile.
+        level: Confidence level in (0, 1).
+        seeds: Training seeds behind it; 1 for a policy without training.
+        users: Users behind it.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    se: float
+    df: float
+    level: float
+    seeds: int
+    users: int
+
+    def at_level(self, level: float) -> Interval:
+        """The same estimate with another confidence level."""
+        half = _t_quantile(level, self.df) * self.se
+        return Interval(
+            self.estimate, self.estimate - half, self.estimate + half, self.se, self.df, level, self.seeds, self.users
+        )
+
+    def p_value(self, null: float = 0.0, *, alternative: str = "two-sided") -> float:
+        """P-value of the t test against `null`.
+
+        Args:
+            null: Value under the null hypothesis.
+            alternative: "two-sided", or "greater": the true value is above `null`.
+        """
+        from scipy import stats
+
+        if alternative not in ("two-sided", "greater"):
+            raise ValueError(f"alternative is {alternative!r}, expected 'two-sided' or 'greater'")
+        distance = self.estimate - null
+        if self.se == 0.0:
+            # nothing varies: the estimate is certain
+            certain = distance != 0.0 if alternative == "two-sided" else distance > 0.0
+            return 0.0 if certain else 1.0
+        tail = float(stats.t.sf(abs(distance) / self.se, self.df))
+        if alternative == "two-sided":
+            return 2.0 * tail
+        return tail if distance > 0 else 1.0 - tail
+
+    def as_percent(self) -> str:
+        """For example `+1.6 % [+0.6, +2.8]`."""
+        return f"{100 * self.estimate:+.1f} % [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
+    def as_number(self, digits: int = 3) -> str:
+        """For example `0.412 [0.398, 0.426]`."""
+        return f"{self.estimate:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+    def to_json(self) -> dict[str, float]:
+        """Estimate, bounds, standard error, degrees of freedom."""
+        return {"estimate": self.estimate, "low": self.low, "high": self.high, "se": self.se, "df": self.df}
+
+
+def mean_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
+    """Interval of the mean over users, and over training seeds when there are several.
+
+    Args:
+        values: (users,) for a policy without training seeds, (seeds, users) else; paired differences for a comparison.
+        level: Confidence level.
+
+    Returns:
+        The interval.
+
+    Raises:
+        ValueError: When there are fewer than two users or a value is not finite.
+    """
+    matrix = _matrix(values)
+    variance, df = _variance_of_mean(matrix)
+    return _interval(float(matrix.mean()), variance, df, level, matrix.shape)
+
+
+def ratio_interval(
+    numerator: ArrayLike, denominator: ArrayLike, *, minus: float = 0.0, level: float = 0.95
+) -> Interval:
+    """Interval of mean(numerator) / mean(denominator) - minus, by linearisation.
+
+    To first order the ratio r moves as the mean of (numerator - r * denominator) / mean(denominator), user by user:
+    pairing is kept, so noise that numerator and denominator share cancels.
+
+    Args:
+        numerator: (users,) or (seeds, users).
+        denominator: (users,), of the same users.
+        minus: 1 for a lift.
+        level: Confidence level.
+
+    Returns:
+        The interval.
+
+    Raises:
+        ValueError: When the shapes do not fit or the denominator's mean is 0.
+    """
+    top, bottom = _matrix(numerator), np.asarray(denominator, dtype=np.float64)
+    if bottom.ndim != 1 or bottom.shape[0] != top.shape[1]:
+        raise ValueError(f"the denominator has shape {bottom.shape}, expected ({top.shape[1]},): one number a user")
+    mean = float(bottom.mean())
+    if mean == 0.0 or not np.isfinite(mean):
+        raise ValueError(f"the denominator's mean is {mean}; a ratio to it says nothing")
+    ratio = float(top.mean()) / mean
+    variance, df = _variance_of_mean((top - ratio * bottom[None, :]) / mean)
+    return _interval(ratio - minus, variance, df, level, top.shape)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for having made all these comparisons (Holm 1979): claim those that stay below the level.
+
+    Args:
+        p_values: One p-value a comparison.
+
+    Returns:
+        Adjusted p-values in the same order.
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, running = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = running
+    return adjusted
+
+
+def _matrix(values: ArrayLike) -> Floats:
+    array = np.asarray(values, dtype=np.float64)
+    array = array[None, :] if array.ndim == 1 else array
+    if array.ndim != 2 or array.shape[0] < 1 or array.shape[1] < 2:
+        raise ValueError(f"values have shape {np.shape(values)}, expected (users,) or (seeds, users) with >= 2 users")
+    if not np.isfinite(array).all():
+        raise ValueError("a user's value is not finite; an interval needs finite values")
+    return array
+
+
+def _variance_of_mean(z: Floats) -> tuple[float, float]:
+    """Variance of the grand mean of (seeds, users), and its degrees of freedom."""
+    seeds, users = z.shape
+    if seeds == 1:
+        return float(z.var(ddof=1)) / users, float(users - 1)
+    by_seed, by_user = z.mean(axis=1), z.mean(axis=0)
+    rest = z - by_seed[:, None] - by_user[None, :] + z.mean()
+    # E[seed_part] = var(seed)/S + var(rest)/(Sn), E[user_part] = var(user)/n + var(rest)/(Sn): the rest is in both
+    seed_part = float(by_seed.var(ddof=1)) / seeds
+    user_part = float(by_user.var(ddof=1)) / users
+    rest_part = float((rest**2).sum()) / ((seeds - 1) * (users - 1)) / (seeds * users)
+    variance = max(seed_part + user_part - rest_part, seed_part, user_part)
+    if variance <= 0.0:
+        return 0.0, float(seeds - 1)
+    spread = seed_part**2 / (seeds - 1) + user_part**2 / (users - 1) + rest_part**2 / ((seeds - 1) * (users - 1))
+    # never fewer degrees of freedom than the poorer of the two samples has by itself
+    return variance, max(variance**2 / spread, float(min(seeds, users) - 1)) if spread > 0.0 else float(seeds - 1)
+
+
+def _t_quantile(level: float, df: float) -> float:
+    from scipy import stats
+
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"the confidence level is {level}, expected a number in (0, 1)")
+    return float(stats.t.ppf(0.5 + level / 2.0, df))
+
+
+def _interval(estimate: float, variance: float, df: float, level: float, shape: tuple[int, ...]) -> Interval:
+    se = float(np.sqrt(variance))
+    half = _t_quantile(level, df) * se
+    return Interval(estimate, estimate - half, estimate + half, se, df, level, shape[0], shape[1])

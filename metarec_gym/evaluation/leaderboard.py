@@ -1,0 +1,261 @@
+"""One row a policy: what it is worth, with intervals, against the single best strategy and the best simple rule."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metarec_gym.evaluation.headroom import FOLDS, Headroom
+from metarec_gym.evaluation.intervals import Floats, Interval, holm, mean_interval
+from metarec_gym.evaluation.metrics import (
+    SEGMENTS,
+    closed_gap,
+    lift,
+    segment_of,
+    segment_values,
+    usage_entropy,
+    worst_decile,
+)
+from metarec_gym.evaluation.rollout import Played, per_user
+
+KINDS = ("learned", "bandit", "search", "supervised", "fixed", "oracle")
+TRAINED = ("learned", "bandit", "search", "supervised")
+"""Kinds whose lift decides the verdict: they learn which strategy suits whom."""
+
+
+@dataclass(frozen=True)
+class PolicyPlays:
+    """Plays of one policy.
+
+    Attributes:
+        name: Name in the table.
+        kind: One of `KINDS`.
+        plays: By fold scored, one `Played` a training seed.
+        seconds: Mean training time of a seed and direction; None if it is not trained.
+        note: One line on what it is, may be empty.
+    """
+
+    name: str
+    kind: str
+    plays: dict[str, list[Played]]
+    seconds: float | None = None
+    note: str = ""
+
+    def users(self) -> Floats:
+        """Value of every user, fold A's before fold B's; (seeds, users, windows)."""
+        count = len(self.plays[FOLDS[0]])
+        rows = []
+        for seed in range(count):
+            parts = [per_user(p.user, p.value.mean(axis=1)) for p in (self.plays[f][seed] for f in FOLDS)]
+            rows.append(np.concatenate(parts))
+        return np.stack(rows)
+
+    def by_request(self) -> Floats:
+        """Expected reward of every user at every request; (seeds, users, T)."""
+        count = len(self.plays[FOLDS[0]])
+        return np.stack(
+            [
+                np.concatenate([per_user(self.plays[f][s].user, self.plays[f][s].by_request) for f in FOLDS])
+                for s in range(count)
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class PolicyRow:
+    """One row of the leaderboard; tuples have one entry a window.
+
+    Attributes:
+        name: Name.
+        kind: One of `KINDS`.
+        seeds: Training seeds.
+        value: Utility a request.
+        lift_sbs: Lift over the single best strategy.
+        lift_sched: Lift over the best non-personal rule.
+        agc_user: Share of the per-user oracle's gap that is closed; None where that gap is not surely above 2 %.
+        agc_greedy: Likewise for the greedy oracle.
+        entropy: Entropy of the strategies served, bits; mean over seeds.
+        worst_decile: Utility of the tenth of users served worst, at the headline horizon.
+        cost: Mean serving cost of a request relative to the dearest strategy.
+        seconds: Mean training time.
+        segment_value: Utility in each segment at the headline horizon; None where a segment has fewer than two users.
+        segment_share: float64 (segments, K), share of requests that each strategy served.
+        curve: float64 (3, T): mean, lower and upper bound of the expected reward of each request.
+        p_holm: P-value of "lift over the best non-personal rule is 0", Holm-corrected over all trained policies.
+        note: One line.
+    """
+
+    name: str
+    kind: str
+    seeds: int
+    value: tuple[Interval, ...]
+    lift_sbs: tuple[Interval, ...]
+    lift_sched: tuple[Interval, ...]
+    agc_user: tuple[Interval | None, ...]
+    agc_greedy: tuple[Interval | None, ...]
+    entropy: float
+    worst_decile: float
+    cost: float
+    seconds: float | None
+    segment_value: tuple[Interval | None, ...]
+    segment_share: Floats
+    curve: Floats
+    p_holm: float | None = None
+    note: str = ""
+
+
+def leaderboard(policies: Sequence[PolicyPlays], headroom: Headroom, costs: NDArray[Any]) -> list[PolicyRow]:
+    """Rows of all policies, in the order given.
+
+    Args:
+        policies: The plays.
+        headroom: The plays that they are paired with.
+        costs: Relative serving cost of each strategy, (K,).
+
+    Returns:
+        The rows.
+    """
+    rows = [_row(policy, headroom, np.asarray(costs, dtype=np.float64)) for policy in policies]
+    trained = [i for i, row in enumerate(rows) if row.kind in TRAINED]
+    adjusted = holm([rows[i].lift_sched[headroom.headline].p_value() for i in trained])
+    for index, p in zip(trained, adjusted, strict=True):
+        rows[index] = replace(rows[index], p_holm=p)
+    return rows
+
+
+def _row(policy: PolicyPlays, headroom: Headroom, costs: Floats) -> PolicyRow:
+    values = policy.users()
+    sbs = headroom.pooled(headroom.sbs_value())
+    sched = headroom.pooled({f: headroom.sched[f].value for f in FOLDS})
+    oracle = headroom.pooled(headroom.oracle_value())
+    greedy = headroom.pooled({f: headroom.greedy[f].value for f in FOLDS})
+    windows = range(len(headroom.windows))
+    gaps = [headroom.headrooms(p) for p in windows]
+    everything = [p for plays in policy.plays.values() for p in plays]
+    served = np.sum([p.served.sum(axis=0) for p in everything], axis=0).astype(np.float64)
+    by_seed = [sum(policy.plays[f][s].served.sum(axis=0) for f in FOLDS) for s in range(len(policy.plays[FOLDS[0]]))]
+    requests = policy.by_request()
+    curve = [mean_interval(requests[:, :, t]) for t in range(requests.shape[2])]
+    return PolicyRow(
+        name=policy.name,
+        kind=policy.kind,
+        seeds=values.shape[0],
+        value=tuple(mean_interval(values[:, :, p]) for p in windows),
+        lift_sbs=tuple(lift(values[:, :, p], sbs[:, p]) for p in windows),
+        lift_sched=tuple(lift(values[:, :, p], sched[:, p]) for p in windows),
+        agc_user=tuple(
+            closed_gap(values[:, :, p], sbs[:, p], oracle[:, p], gaps[p]["per-user oracle"]) for p in windows
+        ),
+        agc_greedy=tuple(
+            closed_gap(values[:, :, p], sbs[:, p], greedy[:, p], gaps[p]["greedy oracle"]) for p in windows
+        ),
+        entropy=float(np.mean([usage_entropy(counts) for counts in by_seed])),
+        worst_decile=worst_decile(values[:, :, headroom.headline]),
+        cost=float((served * costs).sum() / max(served.sum(), 1.0)),
+        seconds=policy.seconds,
+        segment_value=_segment_values(policy, headroom.headline),
+        segment_share=_segment_share(everything, len(costs)),
+        curve=np.array([[c.estimate for c in curve], [c.low for c in curve], [c.high for c in curve]]),
+        note=policy.note,
+    )
+
+
+def _segment_values(policy: PolicyPlays, window: int) -> tuple[Interval | None, ...]:
+    found: list[Interval | None] = []
+    for segment in range(len(SEGMENTS)):
+        seeds = [
+            np.concatenate(
+                [
+                    segment_values(p.user, p.history_length, p.value.mean(axis=1)[:, window])[segment]
+                    for p in (policy.plays[f][s] for f in FOLDS)
+                ]
+            )
+            for s in range(len(policy.plays[FOLDS[0]]))
+        ]
+        found.append(mean_interval(np.stack(seeds)) if len(seeds[0]) >= 2 else None)
+    return tuple(found)
+
+
+def _segment_share(everything: list[Played], n_strategies: int) -> Floats:
+    counts = np.zeros((len(SEGMENTS), n_strategies))
+    for played in everything:
+        np.add.at(counts, segment_of(played.history_length), played.served)
+    shares: Floats = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
+    return shares
+
+
+HEADER = (
+    "policy",
+    "utility/request [95 % CI]",
+    "lift over SBS",
+    "lift over SCHED",
+    "AGC_user",
+    "AGC_greedy",
+    "entropy",
+)
+
+
+def cells(row: PolicyRow, window: int) -> tuple[str, ...]:
+    """The row's cells under `HEADER` at one window."""
+
+    def gap(interval: Interval | None) -> str:
+        return "-" if interval is None else interval.as_number(2)
+
+    name = row.name if row.seeds == 1 else f"{row.name} ({row.seeds} seeds)"
+    return (
+        name,
+        row.value[window].as_number(),
+        row.lift_sbs[window].as_percent(),
+        row.lift_sched[window].as_percent(),
+        gap(row.agc_user[window]),
+        gap(row.agc_greedy[window]),
+        f"{row.entropy:.2f} bits",
+    )
+
+
+def text_table(rows: Sequence[PolicyRow], window: int) -> str:
+    """The leaderboard in aligned columns, best first within each kind."""
+    lines = [HEADER, *(cells(row, window) for row in ordered(rows, window))]
+    widths = [max(len(line[c]) for line in lines) for c in range(len(HEADER))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def markdown_table(rows: Sequence[PolicyRow], window: int) -> str:
+    """The leaderboard as a Markdown table."""
+    head = f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}"
+    return "\n".join([head, *(f"| {' | '.join(cells(row, window))} |" for row in ordered(rows, window))])
+
+
+def ordered(rows: Sequence[PolicyRow], window: int) -> list[PolicyRow]:
+    """Trained policies, then fixed ones, then oracles; best first inside each group."""
+    group = {"fixed": 1, "oracle": 2}
+    return sorted(rows, key=lambda r: (group.get(r.kind, 0), -r.value[window].estimate))
+
+
+def csv_text(rows: Sequence[PolicyRow], headroom: Headroom, world: str) -> str:
+    """One line for each policy and window."""
+    out = io.StringIO()
+    names = ("value", "lift_sbs", "lift_sched", "agc_user", "agc_greedy")
+    columns = ["world", "policy", "kind", "horizon", "value", "lo", "hi"]
+    columns += [f"{name}{end}" for name in names[1:] for end in ("", "_lo", "_hi")]
+    columns += ["p_holm_sched", "entropy_bits", "worst_decile", "cost", "seconds", "seeds", "users"]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for row in ordered(rows, headroom.headline):
+        for index, window in enumerate(headroom.windows):
+            line: list[Any] = [world, row.name, row.kind, window.name.lstrip("@")]
+            for name in names:
+                interval: Interval | None = getattr(row, name)[index]
+                numbers = ("", "", "") if interval is None else (interval.estimate, interval.low, interval.high)
+                line += [f"{x:.6g}" if x != "" else "" for x in numbers]
+            line += ["" if row.p_holm is None else f"{row.p_holm:.4g}", f"{row.entropy:.4f}"]
+            line += [f"{row.worst_decile:.6g}", f"{row.cost:.4f}"]
+            line += ["" if row.seconds is None else f"{row.seconds:.1f}", row.seeds, row.value[index].users]
+            writer.writerow(line)
+    return out.getvalue()

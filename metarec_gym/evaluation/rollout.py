@@ -1,0 +1,417 @@
+"""Plays policies from given start states with common random numbers and keeps what evaluation needs of every request.
+
+A row is one episode: a start state and a replicate. The environment's draws are keyed by (seed, user, replicate,
+request, item, outcome), the policy's by (seed, start state, replicate, request), so every policy meets the same luck
+and a difference between two policies on the same rows is theirs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from metarec_gym.policy import Policy, masked_uniform, one_hot_probs, sample_actions
+from metarec_gym.seeding import fold_in, mix, stream, uniform
+
+if TYPE_CHECKING:
+    from metarec_gym.world import World
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which episodes a batch of rows plays; all tensors int64 (rows,).
+
+    Attributes:
+        context: Index into the rollout's list of start states.
+        start_state: Index into the world's start states.
+        replicate: 0 .. replicates - 1; `noise_base + replicate` is the key of the row's luck.
+        history_length: Items in the history at the start.
+    """
+
+    context: Tensor
+    start_state: Tensor
+    replicate: Tensor
+    history_length: Tensor
+
+
+@runtime_checkable
+class RowRule(Protocol):
+    """A rule that looks at no observation: it knows which episode a row plays and which request this is."""
+
+    def row_choice(self, rows: Rows, request: int) -> Tensor:
+        """Strategy of every row at the request (0, 1, ...); int64 (rows,)."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Always the same strategy."""
+
+    strategy: int
+
+    def row_choice(self, rows: Rows, request: int) -> Tensor:
+        """The strategy for every row."""
+        return torch.full_like(rows.context, self.strategy)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """One strategy after the other, in turn."""
+
+    strategies: tuple[int, ...]
+
+    def row_choice(self, rows: Rows, request: int) -> Tensor:
+        """The request's strategy for every row."""
+        return torch.full_like(rows.context, self.strategies[request % len(self.strategies)])
+
+
+@dataclass(frozen=True)
+class LengthRule:
+    """A strategy for each range of history lengths at the start of the episode.
+
+    Attributes:
+        edges: Ascending; a history shorter than `edges[i]` and not shorter than `edges[i - 1]` is in range i.
+        strategies: One more than there are edges.
+    """
+
+    edges: tuple[int, ...]
+    strategies: tuple[int, ...]
+
+    def bins(self, history_length: Tensor) -> Tensor:
+        """Range of each history length; int64, shape as given."""
+        edges = torch.tensor(self.edges, dtype=torch.int64, device=history_length.device)
+        return torch.bucketize(history_length, edges, right=True)
+
+    def row_choice(self, rows: Rows, request: int) -> Tensor:
+        """The strategy of each row's range."""
+        table = torch.tensor(self.strategies, dtype=torch.int64, device=rows.context.device)
+        return table[self.bins(rows.history_length)]
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """Stored choices: one strategy for each start state and replicate, kept through the episode.
+
+    Attributes:
+        strategy: int64 (contexts, replicates).
+    """
+
+    strategy: Tensor
+
+    def row_choice(self, rows: Rows, request: int) -> Tensor:
+        """The stored strategy of each row."""
+        return self.strategy.to(rows.context.device)[rows.context, rows.replicate]
+
+
+class Greedy:
+    """At each state the strategy of highest true expected immediate reward: privileged, myopic, no upper bound."""
+
+
+Player = Policy | RowRule | Greedy | Callable[[], Policy]
+"""What can be played: a policy (or a function that makes one), a rule over rows, or the greedy oracle."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The requests `first + 1 .. last` of an episode, whose mean reward is one reported value."""
+
+    name: str
+    first: int
+    last: int
+
+    @classmethod
+    def until(cls, horizon: int) -> Window:
+        """All requests up to the horizon."""
+        return cls(f"@{horizon}", 0, horizon)
+
+    @classmethod
+    def last_tenth(cls, horizon: int) -> Window:
+        """The last tenth of the requests, at least one."""
+        return cls("last tenth", horizon - max(1, -(-horizon // 10)), horizon)
+
+
+@dataclass(frozen=True)
+class RolloutResult:
+    """What happened, request by request. C start states, R replicates, T requests.
+
+    Attributes:
+        start_state: int64 (C,).
+        user: int64 (C,).
+        history_length: int64 (C,).
+        noise: int64 (R,), keys of the luck.
+        expected: float32 (C, R, T), expected reward given state and drawn user effects; 0 after leaving.
+        reward: float32 (C, R, T), sampled reward; 0 after leaving.
+        action: int16 (C, R, T), the strategy that served; -1 after leaving.
+        alive: bool (C, R, T), the request was served.
+        engaged: int16 (C, R, T), items the user took.
+    """
+
+    start_state: NDArray[np.int64]
+    user: NDArray[np.int64]
+    history_length: NDArray[np.int64]
+    noise: NDArray[np.int64]
+    expected: NDArray[np.float32]
+    reward: NDArray[np.float32]
+    action: NDArray[np.int16]
+    alive: NDArray[np.bool_]
+    engaged: NDArray[np.int16]
+
+    def value(self, window: Window) -> Floats:
+        """Mean expected reward a request of every episode, zero after leaving; (C, R)."""
+        span = self.expected[:, :, window.first : window.last].astype(np.float64)
+        total: Floats = span.sum(axis=2)
+        return total / (window.last - window.first)
+
+    def played(self, windows: Sequence[Window], n_strategies: int) -> Played:
+        """The summary that is stored and compared."""
+        counts = np.stack([(self.action == k).sum(axis=(1, 2)) for k in range(n_strategies)], axis=1)
+        return Played(
+            start_state=self.start_state,
+            user=self.user,
+            history_length=self.history_length,
+            noise=self.noise,
+            value=np.stack([self.value(w) for w in windows], axis=2),
+            by_request=self.expected.mean(axis=1, dtype=np.float64),
+            served=counts.astype(np.int64),
+            engaged=self.engaged.mean(axis=1, dtype=np.float64).cumsum(axis=1),
+        )
+
+
+@dataclass(frozen=True)
+class Played:
+    """What is kept of a policy's episodes. C start states, R replicates, T requests, P windows, K strategies.
+
+    Attributes:
+        start_state: int64 (C,).
+        user: int64 (C,).
+        history_length: int64 (C,).
+        noise: int64 (R,).
+        value: float64 (C, R, P), mean expected reward a request.
+        by_request: float64 (C, T), expected reward of each request, mean over replicates.
+        served: int64 (C, K), requests that each strategy served.
+        engaged: float64 (C, T), items taken so far, mean over replicates.
+    """
+
+    start_state: NDArray[np.int64]
+    user: NDArray[np.int64]
+    history_length: NDArray[np.int64]
+    noise: NDArray[np.int64]
+    value: Floats
+    by_request: Floats
+    served: NDArray[np.int64]
+    engaged: Floats
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Its arrays by name, for an .npz file."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> Played:
+        """The inverse of `arrays`."""
+        return cls(**arrays)
+
+
+def per_user(user: NDArray[np.int64], values: NDArray[Any]) -> Floats:
+    """Mean over each user's start states; (C, ...) -> (users, ...), users ascending."""
+    _, place, counts = np.unique(user, return_inverse=True, return_counts=True)
+    total = np.zeros((len(counts), *values.shape[1:]))
+    np.add.at(total, place, values.astype(np.float64))
+    return total / counts.reshape(-1, *[1] * (values.ndim - 1))
+
+
+def pick_contexts(world: World, fold: str, *, per_user: int, seed: int, max_users: int | None = None) -> Tensor:
+    """Start states to play: `per_user` of each user of the fold, picked by keyed draws.
+
+    Args:
+        world: The world.
+        fold: "A" or "B".
+        per_user: Start states a user; users with fewer give all they have.
+        seed: Decides which.
+        max_users: Keep at most this many users, picked by keyed draws; None keeps all.
+
+    Returns:
+        int64 (C,), ascending.
+    """
+    starts = world.starts_of(fold)
+    user = world.tensors["start_user"][starts]
+    root = mix(torch.tensor(stream(seed, "contexts")))
+    order = torch.argsort(fold_in(root, starts), stable=True)
+    order = order[torch.argsort(user[order], stable=True)]
+    _, counts = torch.unique_consecutive(user[order], return_counts=True)
+    first = torch.cumsum(counts, 0) - counts
+    rank = torch.arange(len(order)) - torch.repeat_interleave(first, counts)
+    chosen = order[rank < per_user]
+    if max_users is not None and len(counts) > max_users:
+        users = user[order[first]]
+        kept = users[torch.argsort(fold_in(fold_in(root, -1), users), stable=True)[:max_users]]
+        chosen = chosen[torch.isin(user[chosen], kept)]
+    return starts[chosen].sort().values
+
+
+def rollout(
+    world: World,
+    fold: str,
+    player: Player,
+    *,
+    contexts: Tensor,
+    replicates: int,
+    horizon: int,
+    env_seed: int,
+    slate_size: int | None = None,
+    cost_weight: float = 0.0,
+    noise_base: int = 0,
+    device: str | torch.device = "cpu",
+    batch_rows: int = 2048,
+    progress: Callable[[int], object] | None = None,
+    make_env: Callable[[int], Any] | None = None,
+) -> RolloutResult:
+    """Plays one episode for each (start state, replicate).
+
+    Args:
+        world: The world.
+        fold: Whose users, and whose judge: "A" or "B".
+        player: What chooses the strategies; a policy's probabilities are sampled with keyed draws.
+        contexts: int64 (C,), start states of the fold.
+        replicates: Episodes from each start state, R.
+        horizon: Requests an episode, T.
+        env_seed: Seed of the draws; equal seeds give equal luck to every player.
+        slate_size: Items a request; None takes the world's.
+        cost_weight: Reward lost for the relative serving cost.
+        noise_base: Key of the first replicate's luck; replicate r has `noise_base + r`.
+        device: Where the environment runs.
+        batch_rows: Episodes played side by side.
+        progress: Called with the number of user-steps just played.
+        make_env: Makes the environment for a number of rows; None makes `MetaRecVectorEnv`.
+
+    Returns:
+        What happened.
+
+    Raises:
+        ValueError: When there is nothing to play.
+    """
+    n_contexts = len(contexts)
+    total = n_contexts * replicates
+    if total == 0:
+        raise ValueError(f"{n_contexts} start states and {replicates} replicates leave no episode to play")
+    if make_env is None:
+        make_env = _env_maker(world, fold, horizon, slate_size, cost_weight, device)
+    context = torch.arange(n_contexts).repeat_interleave(replicates)
+    replicate = torch.arange(replicates).repeat(n_contexts)
+    batch = min(batch_rows, total)
+    env = make_env(batch)
+    parts: list[dict[str, NDArray[Any]]] = []
+    with torch.no_grad():
+        for low in range(0, total, batch):
+            # the last batch is filled up with its first row, which is thrown away: the environment keeps its size
+            index = torch.arange(low, low + batch)
+            index = torch.where(index < total, index, low)
+            start = contexts[context[index]]
+            rows = Rows(context[index], start, replicate[index], world.tensors["start_length"][start].to(torch.int64))
+            part = _play(env, player, rows, noise_base, horizon, env_seed, torch.device(device))
+            kept = min(batch, total - low)
+            parts.append({name: array[:kept] for name, array in part.items()})
+            if progress is not None:
+                progress(kept * horizon)
+    env.close()
+    merged = {
+        name: np.concatenate([p[name] for p in parts]).reshape(n_contexts, replicates, horizon) for name in parts[0]
+    }
+    return RolloutResult(
+        start_state=contexts.numpy(),
+        user=world.tensors["start_user"][contexts].to(torch.int64).numpy(),
+        history_length=world.tensors["start_length"][contexts].to(torch.int64).numpy(),
+        noise=np.arange(noise_base, noise_base + replicates),
+        **merged,
+    )
+
+
+def _env_maker(
+    world: World, fold: str, horizon: int, slate_size: int | None, cost_weight: float, device: str | torch.device
+) -> Callable[[int], Any]:
+    def make(num_envs: int) -> Any:
+        from metarec_gym.envs.vector_env import MetaRecVectorEnv
+
+        return MetaRecVectorEnv(
+            num_envs,
+            world=world,
+            fold=fold,
+            horizon=horizon,
+            slate_size=slate_size,
+            cost_weight=cost_weight,
+            device=str(device),
+            output="torch",
+            autoreset_mode="Disabled",
+        )
+
+    return make
+
+
+def _play(
+    env: Any,
+    player: Player,
+    rows: Rows,
+    noise_base: int,
+    horizon: int,
+    env_seed: int,
+    device: torch.device,
+) -> dict[str, NDArray[Any]]:
+    n = len(rows.context)
+    noise = noise_base + rows.replicate
+    options = {"start_state": rows.start_state.to(device), "noise": noise.to(device)}
+    obs, info = env.reset(seed=env_seed, options=options)
+    rows = Rows(*(getattr(rows, f).to(device) for f in ("context", "start_state", "replicate", "history_length")))
+    # the policy's luck hangs on the episode, never on the row or the batch
+    key = fold_in(mix(torch.tensor(stream(env_seed, "policy draws"))).to(device), rows.start_state)
+    key = fold_in(key, noise.to(device))
+    policy = player if isinstance(player, Greedy | RowRule) else _as_policy(player)
+    if not isinstance(policy, Greedy | RowRule):
+        policy.begin(n, device)
+    alive = torch.ones(n, dtype=torch.bool, device=device)
+    out: dict[str, list[Tensor]] = {name: [] for name in ("expected", "reward", "action", "alive", "engaged")}
+    for request in range(horizon):
+        mask = torch.as_tensor(info["action_mask"], device=device).to(torch.bool)
+        action = _act(policy, env, obs, mask, rows, request, fold_in(key, request))
+        seen = obs
+        obs, reward, terminated, truncated, info = env.step(action)
+        reward = torch.where(alive, reward.to(torch.float32), 0.0)
+        out["expected"].append(torch.where(alive, env.expected_reward, 0.0))
+        out["reward"].append(reward)
+        out["action"].append(torch.where(alive, action, -1).to(torch.int16))
+        out["alive"].append(alive)
+        taken = torch.as_tensor(info["outcomes"], device=device)[:, :, 0] > 0
+        out["engaged"].append(torch.where(alive, taken.sum(dim=1), 0).to(torch.int16))
+        if not isinstance(policy, Greedy | RowRule):
+            policy.observe(seen, action, reward, alive)
+        alive = alive & ~(terminated | truncated)
+    return {name: torch.stack(steps, dim=1).cpu().numpy() for name, steps in out.items()}
+
+
+def _act(
+    policy: Policy | RowRule | Greedy, env: Any, obs: Tensor, mask: Tensor, rows: Rows, request: int, key: Tensor
+) -> Tensor:
+    if isinstance(policy, Greedy):
+        action: Tensor = env.peek_expected_rewards().masked_fill(~mask, -torch.inf).argmax(dim=1)
+        return action
+    if isinstance(policy, RowRule):
+        choice = policy.row_choice(rows, request)
+        available = mask.gather(1, choice[:, None])
+        if bool(available.all()):
+            return choice
+        probs = torch.where(available, one_hot_probs(choice, mask.shape[1]), masked_uniform(mask))
+    else:
+        probs = policy.action_probs(obs, mask)
+    return sample_actions(probs, uniform(key))
+
+
+def _as_policy(player: Policy | Callable[[], Policy]) -> Policy:
+    # a class has the method too, and a function has not; neither is a policy yet
+    ready = hasattr(player, "action_probs") and not isinstance(player, type)
+    made: Any = player if ready else cast(Any, player)()
+    return cast(Policy, made)

@@ -1,0 +1,192 @@
+"""The commands end to end on tiny worlds: what is finished is not repeated, what was killed ends with the same numbers."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import compare, train
+from experiments import headroom as headroom_command
+from metarec_gym.evaluation import tasks
+from metarec_gym.evaluation.headroom import EvalSettings
+from metarec_gym.evaluation.leaderboard import TRAINED
+from metarec_gym.evaluation.metrics import closed_gap
+from metarec_gym.evaluation.verdict import JUST_USE
+from metarec_gym.policy import MlpPolicy
+from metarec_gym.world import World
+
+SMALL = EvalSettings(replicates=1, horizon=4, horizons=(2,), batch_rows=256)
+
+
+@pytest.fixture(scope="module")
+def world_folder(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_world.save(tmp_path_factory.mktemp("worlds") / "tiny")
+
+
+def _train_args(world: Path, runs: Path, **changes: object) -> train.Args:
+    args = train.Args(
+        world=world,
+        steps=640,
+        num_envs=16,
+        horizon=4,
+        set=("num_steps=8", "minibatch_size=64", "checkpoint_every=1"),
+        runs=runs,
+        quiet=True,
+    )
+    return dataclasses.replace(args, **changes)  # type: ignore[arg-type]
+
+
+def _compare_args(world: Path, runs: Path, agents: tuple[str, ...]) -> compare.Args:
+    return compare.Args(
+        world=world, agents=agents, seeds=2, steps=512, evaluation=SMALL, workers=1, runs=runs, quiet=True
+    )
+
+
+def test_a_finished_training_is_found_and_not_repeated(
+    world_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = _train_args(world_folder, tmp_path)
+    row = train.run(args, "python -m experiments.train")
+    folder = train.run_folder(args)
+    assert row["world"] == World.load(world_folder).hash
+    assert {"response", "seed", "device", "versions", "seconds", "steps"} <= set(row)
+    assert MlpPolicy.load(folder.path / "policy.safetensors").strategies == ("specialist_0", "specialist_1", "mixed")
+    assert json.loads((folder.path / "args.json").read_text())["args"]["fold"] == "A"
+
+    from agents import ppo
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(ppo, "train", never)
+    assert train.run(args) == row
+    # another seed is another question
+    assert train.run_folder(dataclasses.replace(args, seed=1)).result() is None
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_weights(
+    world_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _train_args(world_folder, tmp_path / "whole")
+    train.run(whole, "")
+    killed = _train_args(world_folder, tmp_path / "killed", resume=True)
+    done = 0
+
+    def kill(amount: int) -> None:
+        nonlocal done
+        done += amount
+        if done > 300:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks, "_advance", kill)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(killed, "")
+    assert train.run_folder(killed).result() is None
+    monkeypatch.setattr(tasks, "_advance", None)
+    train.run(killed, "")
+    first, second = (MlpPolicy.load(train.run_folder(args).path / "policy.safetensors") for args in (whole, killed))
+    for (w1, b1), (w2, b2) in zip(first.layers, second.layers, strict=True):
+        np.testing.assert_array_equal(w1.numpy(), w2.numpy())
+        np.testing.assert_array_equal(b1.numpy(), b2.numpy())
+
+
+def test_hyperparameters_are_set_by_name_and_wrong_names_are_refused() -> None:
+    args = train.learner_args(train.Args(steps=7, seed=3, set=("learning_rate=0.5", "hidden=8,4", "epochs=2")))
+    assert (args.total_steps, args.seed, args.learning_rate, args.hidden, args.epochs) == (7, 3, 0.5, (8, 4), 2)
+    with pytest.raises(ValueError, match="learning_rat"):
+        train.learner_args(train.Args(set=("learning_rat=1",)))
+    with pytest.raises(ValueError, match="name=value"):
+        train.learner_args(train.Args(set=("epochs",)))
+
+
+def test_the_headroom_command_prints_its_line_and_keeps_its_result(
+    world_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = headroom_command.Args(world=world_folder, evaluation=SMALL, workers=1, runs=tmp_path, quiet=True)
+    row = headroom_command.run(args)
+    printed = capsys.readouterr().out
+    assert "headroom over the single best strategy" in printed
+    assert "per-user oracle +66.7 %" in printed
+    assert row["windows"]["@4"]["per-user oracle"]["estimate"] == pytest.approx(2 / 3, abs=1e-6)
+    assert row["responses"] == {fold: r.hash for fold, r in World.load(world_folder).responses.items()}
+
+
+def test_compare_writes_every_file_and_a_second_run_trains_and_plays_nothing(
+    world_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = _compare_args(world_folder, tmp_path, ("ppo", "epsilon_greedy", "population_ucb"))
+    result = compare.run(args)
+    printed = capsys.readouterr().out
+    for text in (
+        "world  synthetic",
+        "3 strategies",
+        "utility/request",
+        "AGC_user",
+        "verdict  ",
+        "tensorboard --logdir",
+    ):
+        assert text in printed
+    assert list(result.checks.values())[:2] == ["0", "1"]
+    names = {row.name: row.kind for row in result.rows}
+    assert names["ppo"] == "learned"
+    assert names["population_ucb"] == "bandit"
+    assert {"SBS", "SCHED", "random", "specialist_0", "per-user oracle", "greedy oracle"} <= set(names)
+    for file in ("args.json", "command.txt", "result.json", "report.html", "leaderboard.md"):
+        assert (result.folder / file).is_file()
+    assert list(result.folder.glob("events.out.tfevents.*"))
+    lines = list(csv.DictReader((result.folder / "leaderboard_synthetic.csv").read_text().splitlines()))
+    assert len(lines) == len(names) * 3
+
+    def never(**_: object) -> dict[str, object]:
+        raise AssertionError("done again")
+
+    monkeypatch.setattr(tasks, "_run_here", never)
+    again = compare.run(args)
+    before, after = (json.dumps([compare._row_json(r, x.headroom) for r in x.rows]) for x in (result, again))
+    assert before == after
+
+
+def test_a_null_world_ends_in_just_use(tmp_path: Path) -> None:
+    world = World.synthetic(
+        n_types=2,
+        users_per_type=4,
+        items_per_type=16,
+        horizon=4,
+        slate_size=2,
+        history_lengths=(0, 3),
+        leaving=None,
+        identical=True,
+    )
+    folder = world.save(tmp_path / "null")
+    result = compare.run(_compare_args(folder, tmp_path / "runs", ("ppo", "ucb1")))
+    assert result.verdict.kind == JUST_USE
+    assert result.verdict.headline == f"just use {result.headroom.sbs_name}"
+    for row in result.rows:
+        assert row.lift_sbs[result.headroom.headline].estimate == 0.0
+        assert row.agc_user[result.headroom.headline] is None
+        assert row.kind not in TRAINED or row.p_holm == 1.0
+
+
+def test_unknown_agents_are_named(world_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dqn2"):
+        compare.run(_compare_args(world_folder, tmp_path, ("ppo", "dqn2")))
+
+
+def test_a_missing_world_says_how_to_build_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="experiments.build_world"):
+        headroom_command.load_world(tmp_path / "nowhere")
+
+
+def test_closed_gap_of_the_table_is_the_metric(world_folder: Path, tmp_path: Path) -> None:
+    args = _compare_args(world_folder, tmp_path, ("epsilon_greedy",))
+    found = compare.run(args).headroom
+    at = found.headline
+    sbs, oracle = found.pooled(found.sbs_value())[:, at], found.pooled(found.oracle_value())[:, at]
+    gap = closed_gap(oracle, sbs, oracle, found.headrooms()["per-user oracle"])
+    assert gap is not None
+    assert gap.estimate == 1.0
