@@ -369,7 +369,7 @@ def run(args: Args) -> Comparison:
         The comparison.
     """
     from metarec_gym.evaluation.leaderboard import TRAINED, csv_text, leaderboard, markdown_table, text_table
-    from metarec_gym.evaluation.report import ReportData, render
+    from metarec_gym.evaluation.report import ReportData, cautions, render
     from metarec_gym.evaluation.verdict import decide
 
     started = time.perf_counter()
@@ -412,6 +412,7 @@ def run(args: Args) -> Comparison:
     csv_path = write_atomic(folder.path / f"leaderboard_{world.name}.csv", csv_text(rows, headroom, world.name))
     table = markdown_table(rows, at)
     text = f"{world_line(world)}\n\n{headroom.line()}\n\n{table}\n\n**{verdict.headline}.** {verdict.reason}\n"
+    text += "".join(f"\n{caution}\n" for caution in cautions(world))
     write_atomic(folder.path / "leaderboard.md", text)
     seeds = {a: args.seeds or LEARNERS[a].seeds for a in comparer.agents if a in LEARNERS}
     provenance = {
@@ -440,6 +441,7 @@ def run(args: Args) -> Comparison:
             "seconds": time.perf_counter() - started,
             "headroom": headroom.to_json(),
             "verdict": vars(verdict),
+            "cautions": cautions(world),
             "checks": checks,
             "rows": [_row_json(row, headroom) for row in rows],
             "report": report.name,
@@ -452,6 +454,8 @@ def run(args: Args) -> Comparison:
     for name, outcome in checks.items():
         print(f"check    {name}: {outcome}")
     print(f"verdict  {verdict.headline}. {verdict.reason}")
+    for caution in cautions(world):
+        print(f"note     {caution}")
     print(f"report   {report}        curves   tensorboard --logdir {args.runs}")
     return Comparison(rows, headroom, verdict, checks, folder.path)
 

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 FOLDS = ("A", "B")
 DROP_P = 1e-4
 """A strategy leaves a start state's race when a t test says that it is worse than the leader with a p-value below this."""
+ROTATED = 5
+"""Strategies that rotations are built from: the best ones on the training users."""
+LONGEST_ROTATION = 4
 CHUNK_STEPS = 400_000
 """User-steps of a task in the second round: a kill loses a few seconds of work."""
 MAX_SHOWN = 0.1
@@ -579,34 +582,62 @@ class _Measurement:
     def _sched(
         self, plays: dict[str, FoldPlays], windows: tuple[Window, ...], horizon: int, headline: int, played: int
     ) -> dict[str, Sched]:
-        orders: dict[str, list[Rotation]] = {}
-        for train in FOLDS:
-            value = per_user(plays[train].user, plays[train].fixed.mean(axis=1))[:, :, headline].mean(axis=0)
-            order = np.argsort(-value, kind="stable")
-            orders[train] = [Rotation(tuple(int(k) for k in order[:m])) for m in (2, 3, 4) if m <= len(order)]
-        tasks = {
-            (fold, rotation): self.task(
-                "rotation" + "-".join(map(str, rotation.strategies)), fold, rotation, windows, horizon, 0, played
+        rotations = self._rotations(plays, windows, horizon, headline)
+        chosen = {
+            test: choose_sched(
+                plays[_other(test)], rotations[_other(test)], self.world.strategies, headline, self.settings.seed
             )
-            for train in FOLDS
-            for rotation in orders[train]
-            for fold in FOLDS
+            for test in FOLDS
         }
-        done = self.run(list(tasks.values()), "headroom: rotations")
+        tasks = {
+            test: self.task(_rotation_label(rule), test, rule, windows, horizon, 0, played)
+            for test, (_, rule, _) in chosen.items()
+            if isinstance(rule, Rotation)
+        }
+        done = self.run(list(tasks.values()), "headroom: best rotation")
         found = {}
-        for test in FOLDS:
-            train = _other(test)
-            rotations = {r: {fold: done[tasks[fold, r].key].value for fold in FOLDS} for r in orders[train]}
-            found[test] = choose_sched(
-                plays[train],
-                plays[test],
-                {r: (v[train], v[test]) for r, v in rotations.items()},
-                self.world.strategies,
-                headline,
-                played,
-                self.settings.seed,
-            )
+        for test, (name, rule, scores) in chosen.items():
+            value = done[tasks[test].key].value if test in tasks else played_throughout(rule, plays[test])
+            found[test] = Sched(name, rule, value, scores)
         return found
+
+    def _rotations(
+        self, plays: dict[str, FoldPlays], windows: tuple[Window, ...], horizon: int, headline: int
+    ) -> dict[str, dict[Rotation, Floats]]:
+        """Rotations grown one strategy at a time on each fold's users; values (C, R, P) on those users.
+
+        From the best strategy on, every round appends the strategy that helps most, so that a rotation may serve one
+        strategy twice as often as another. Half of the replicates decide: there are only a few dozen rules to tell apart.
+        """
+        replicates = self.settings.replicates
+        found: dict[str, dict[Rotation, Floats]] = {fold: {} for fold in FOLDS}
+        pool: dict[str, list[int]] = {}
+        grown: dict[str, tuple[int, ...]] = {}
+        for fold in FOLDS:
+            value = per_user(plays[fold].user, plays[fold].fixed.mean(axis=1))[:, :, headline].mean(axis=0)
+            pool[fold] = [int(k) for k in np.argsort(-value, kind="stable")[:ROTATED]]
+            grown[fold] = (pool[fold][0],)
+        for length in range(2, LONGEST_ROTATION + 1):
+            tasks = {
+                (fold, rotation): self.task(_rotation_label(rotation), fold, rotation, windows, horizon, 0, replicates)
+                for fold in FOLDS
+                for k in pool[fold]
+                if len(set((rotation := Rotation((*grown[fold], k))).strategies)) > 1
+            }
+            done = self.run(list(tasks.values()), f"headroom: rotations of {length}")
+            for (fold, rotation), task in tasks.items():
+                found[fold][rotation] = done[task.key].value
+            for fold in FOLDS:
+                mine = {r: v for r, v in found[fold].items() if len(r.strategies) == length}
+                if mine:
+                    users = plays[fold].user
+                    best = max(mine, key=lambda r: float(per_user(users, mine[r].mean(axis=1))[:, headline].mean()))
+                    grown[fold] = best.strategies
+        return found
+
+
+def _rotation_label(rotation: Rotation) -> str:
+    return "rotation" + "-".join(map(str, rotation.strategies))
 
 
 def _other(fold: str) -> str:
@@ -671,31 +702,29 @@ def fit_length_rule(history_length: NDArray[np.int64], value: Floats, bins: int)
 
 def choose_sched(
     train: FoldPlays,
-    test: FoldPlays,
-    rotations: dict[Rotation, tuple[Floats, Floats]],
+    rotations: dict[Rotation, Floats],
     strategies: tuple[str, ...],
     headline: int,
-    played: int,
     seed: int,
-) -> Sched:
+) -> tuple[str, RowRule, dict[str, float]]:
     """Best non-personal rule on the training users: one strategy, a rotation or a history-length rule.
 
-    Rules that are fitted to users win on the very users they were fitted to; so every candidate is judged by five-fold
-    cross-validation over the training users, and only then fitted to all of them. Rank fusion is a strategy (`rrf`).
+    Rules that are fitted to users win on the very users they were fitted to; so one strategy and length rules are judged by
+    five-fold cross-validation over the training users, and only then fitted to all of them. Rotations are few and have no
+    parameters. Rank fusion is a strategy (`rrf`).
 
     Args:
         train: Plays of the training fold.
-        test: Plays of the fold scored.
-        rotations: Values (C, R, P) of each rotation on both folds.
+        rotations: Values (C, R, P) of rotations on the training fold's first R replicates.
         strategies: Names.
         headline: Index of the window that decides.
-        played: Replicates of the values returned.
         seed: Decides the cross-validation's parts.
 
     Returns:
-        The rule and its values on the test fold.
+        Name in words, the rule, and the score of every candidate.
     """
-    fixed = train.fixed.mean(axis=1)[:, :, headline]
+    replicates = next(iter(rotations.values())).shape[1] if rotations else train.fixed.shape[1]
+    fixed = train.fixed[:, :replicates].mean(axis=1)[:, :, headline]
     part = (fold_in(mix(torch.tensor(stream(seed, "sched parts"))), torch.from_numpy(train.user)) % 5).numpy()
     scores: dict[str, float] = {}
     rules: dict[str, RowRule] = {}
@@ -713,12 +742,12 @@ def choose_sched(
     def single(rows: NDArray[np.bool_]) -> NDArray[np.int64]:
         return np.full(len(fixed), per_user(train.user[rows], fixed[rows]).mean(axis=0).argmax())
 
-    best = int(per_user(train.user, fixed).mean(axis=0).argmax())
+    best = int(per_user(train.user, train.fixed.mean(axis=1)[:, :, headline]).mean(axis=0).argmax())
     rules["one strategy"] = Fixed(best)
     scores["one strategy"] = cross_validated(single)
-    for rotation, (on_train, _) in rotations.items():
-        name = "rotation of " + ", ".join(strategies[k] for k in rotation.strategies)
-        rules[name], scores[name] = rotation, score(on_train.mean(axis=1)[:, headline])
+    for rotation, value in rotations.items():
+        name = "in turn: " + ", ".join(strategies[k] for k in rotation.strategies)
+        rules[name], scores[name] = rotation, score(value.mean(axis=1)[:, headline])
     for bins in (2, 3, 4, 6):
 
         def by_length(rows: NDArray[np.bool_], bins: int = bins) -> NDArray[np.int64]:
@@ -731,15 +760,20 @@ def choose_sched(
     # a rule must be better than one strategy, not equal to it
     winner = max(scores, key=lambda name: (scores[name], name == "one strategy"))
     rule = rules[winner]
-    values = test.fixed[:, :played]
-    if isinstance(rule, Rotation):
-        return Sched(winner, rule, rotations[rule][1], scores)
     if isinstance(rule, Fixed):
-        return Sched(f"always {strategies[rule.strategy]}", rule, values[:, :, rule.strategy], scores)
+        winner = f"always {strategies[rule.strategy]}"
+    elif isinstance(rule, LengthRule):
+        winner = describe_length_rule(rule, strategies)
+    return winner, rule, scores
+
+
+def played_throughout(rule: RowRule, plays: FoldPlays) -> Floats:
+    """Value (C, R, P) of a rule that keeps one strategy in each episode, from the plays of every strategy."""
+    if isinstance(rule, Fixed):
+        return plays.fixed[:, :, rule.strategy]
     length_rule = cast(LengthRule, rule)
-    chosen = np.asarray(length_rule.strategies)[np.digitize(test.history_length, length_rule.edges)]
-    taken = np.take_along_axis(values, chosen[:, None, None, None], axis=2)[:, :, 0]
-    return Sched(describe_length_rule(length_rule, strategies), rule, taken, scores)
+    chosen = np.asarray(length_rule.strategies)[np.digitize(plays.history_length, length_rule.edges)]
+    return np.take_along_axis(plays.fixed, chosen[:, None, None, None], axis=2)[:, :, 0]
 
 
 def describe_length_rule(rule: LengthRule, strategies: tuple[str, ...]) -> str:

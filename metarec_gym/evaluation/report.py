@@ -106,6 +106,32 @@ def _facts(pairs: Mapping[str, object]) -> str:
     return f"<dl>{lines}</dl>"
 
 
+def cautions(world: World) -> list[str]:
+    """What must be known of the world before its numbers are believed; empty when nothing speaks against it."""
+    found = []
+    check = world.metrics.get("predictive_check")
+    if isinstance(check, dict) and check.get("inside_headline") is False:
+        headroom = check.get("statistics", {}).get("headroom", {})
+        sizes = ""
+        if "observed" in headroom and "replicas_mean" in headroom:
+            sizes = (
+                f" (per-user headroom in the log {headroom['observed']:+.1%}, in emitted logs "
+                f"{headroom['replicas_mean']:+.1%}, same estimator)"
+            )
+        found.append(
+            f"Caution: this world does not pass its posterior predictive check{sizes}. What is said here holds for the "
+            "simulated users; how far it carries to the real ones is open."
+        )
+    for fold, judge in world.metrics.get("judges", {}).items():
+        for outcome, facts in judge.get("outcomes", {}).items() if isinstance(judge, dict) else ():
+            loss = facts.get("heldout", {}).get("log_loss", {})
+            if "judge" in loss and any(loss["judge"] >= v for n, v in loss.items() if n != "judge"):
+                found.append(
+                    f"Caution: judge {fold} predicts the outcome {outcome!r} no better than a simple rule does."
+                )
+    return found
+
+
 # ---- sections
 
 
@@ -116,7 +142,7 @@ def _verdict(data: ReportData) -> str:
     return (
         f"<header><p class='over'>Which recommender should serve whom? &middot; {_e(world.name)}</p>"
         f"<h1 class='{kind}'>{_e(data.verdict.headline[0].upper() + data.verdict.headline[1:])}</h1>"
-        f"<p class='lead'>{_e(data.verdict.reason)}</p>"
+        f"<p class='lead'>{_e(data.verdict.reason)}</p>{''.join(f'<p class=caution>{_e(c)}</p>' for c in cautions(world))}"
         f"<p class='over'>{world.n_users:,} users, {world.n_items:,} items, {world.n_strategies} strategies; "
         f"{len(headroom.pooled(headroom.sbs_value())):,} test users, {headroom.horizon} requests each, "
         f"world {_e(world.hash)}.{sound}</p></header>"
@@ -199,17 +225,25 @@ def _forest(rows: Sequence[PolicyRow], window: int) -> str:
     shown = list(reversed(rows))
     with _drawing(height=0.26 * len(shown) + 0.9) as (figure, axes):
         axes.axvline(0.0, color=_INK, linewidth=0.8)
+        # hopeless strategies would squeeze everything else together: they stand at the edge, with an arrow
+        edge = -1.6 * max(20.0, *(100 * row.lift_sbs[window].high for row in shown))
         for y, row in enumerate(shown):
             interval = row.lift_sbs[window]
             colour = _SERIES[0 if row.kind in TRAINED else 1 if row.kind == "oracle" else 5]
             low, mid, high = (100 * x for x in (interval.low, interval.estimate, interval.high))
-            axes.plot([low, high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
-            axes.plot([mid], [y], "o", color=colour, markersize=5)
+            axes.plot([max(low, edge), max(high, edge)], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt")
+            axes.plot([max(mid, edge)], [y], "o" if mid > edge else "<", color=colour, markersize=5)
+            if mid <= edge:
+                axes.annotate(f"{mid:.0f} %", (edge, y), (8, -3), textcoords="offset points", color=_INK, fontsize=8)
         axes.set_yticks(range(len(shown)), [row.name for row in shown])
         axes.set_ylim(-0.7, len(shown) - 0.3)
         axes.set_xlabel("lift over the single best strategy, % (95 % interval over seeds and users)")
         axes.grid(axis="x", color=_FAINT, linewidth=0.5)
-    return _figure(figure, "Blue: learned; orange: oracles; grey: fixed. Right of the line is better.", "forest")
+    return _figure(
+        figure,
+        "Blue: learned; orange: oracles; grey: fixed. Right of the line is better. An arrow: off the scale.",
+        "forest",
+    )
 
 
 def _curves(rows: Sequence[PolicyRow]) -> str:
@@ -222,6 +256,7 @@ def _curves(rows: Sequence[PolicyRow]) -> str:
             x = np.arange(1, len(mean) + 1)
             axes.fill_between(x, low, high, color=_SERIES[index], alpha=0.13, linewidth=0)
             axes.plot(x, mean, color=_SERIES[index], linewidth=1.7, linestyle=_DASHES[index], label=row.name)
+        axes.set_xlim(1, max(len(row.curve[0]) for row in wanted))
         axes.set_xlabel("request of the episode")
         axes.set_ylabel("expected reward of a request")
         axes.grid(color=_FAINT, linewidth=0.5)
@@ -296,18 +331,91 @@ def _world_card(world: World) -> str:
         )
     ]
     judges = metrics.get("judges")
-    if judges:
-        out.append("<h3>Does each judge predict users it has not seen?</h3>" + _nested(judges))
     check = metrics.get("predictive_check")
+    if judges:
+        out.append("<h3>Does each judge predict users it has not seen?</h3>" + _judges(judges))
     if check:
-        out.append(
-            "<h3>Do emitted logs look like the real one? (posterior predictive check)</h3>"
-            "<p>The same estimator of user-by-strategy effects runs on the real log and on logs that the world emits.</p>"
-            + _nested(check)
-        )
+        out.append("<h3>Do emitted logs look like the real one? (posterior predictive check)</h3>" + _predictive(check))
     if not judges and not check:
         out.append("<p>This world was made by construction: no judge was fitted.</p>")
     return "".join(out)
+
+
+def _details(title: str, value: Any) -> str:
+    return f"<details><summary>{_e(title)}</summary>{_nested(value)}</details>"
+
+
+def _judges(judges: Mapping[str, Any]) -> str:
+    """Held-out log-loss against simple predictors, calibration; everything else folded away."""
+    lines, curves = [], []
+    for fold, judge in judges.items():
+        for outcome, facts in (judge.get("outcomes", {}) if isinstance(judge, Mapping) else {}).items():
+            heldout = facts.get("heldout", {})
+            loss = heldout.get("log_loss")
+            if not isinstance(loss, Mapping) or "judge" not in loss:
+                continue
+            others = {name: value for name, value in loss.items() if name != "judge"}
+            beaten = all(loss["judge"] < value for value in others.values())
+            numbers = [
+                f"{loss['judge']:.4f}",
+                *(f"{others.get(n, float('nan')):.4f}" for n in ("popularity", "base_rate")),
+            ]
+            tone = f"<span class='{'up' if beaten else 'down'}'>{'yes' if beaten else 'no'}</span>"
+            rates = f"{heldout.get('rate_predicted', 0):.4f} / {heldout.get('rate_observed', 0):.4f}"
+            more = [f"{heldout.get('calibration_slope', float('nan')):.2f}", f"{heldout.get('ece', float('nan')):.4f}"]
+            lines.append([_e(fold), _e(outcome), *numbers, tone, *more, rates, f"{heldout.get('n_users', 0):,}"])
+            if isinstance(heldout.get("reliability"), Mapping):
+                curves.append((f"judge {fold}, {outcome}", heldout["reliability"]))
+    if not lines:
+        return _nested(judges)
+    head: tuple[str, ...] = (
+        "judge",
+        "outcome",
+        "log-loss: judge",
+        "popularity",
+        "base rate",
+        "beats both",
+        "calibration slope",
+    )
+    head += ("calibration error", "rate predicted / observed", "held-out users")
+    return _rows_table(head, lines) + _calibration(curves) + _details("everything about the judges", judges)
+
+
+def _calibration(curves: Sequence[tuple[str, Mapping[str, Sequence[float]]]]) -> str:
+    if not curves:
+        return ""
+    with _drawing(height=3.4) as (figure, axes):
+        top = max(max(*c["predicted"], *c["observed"]) for _, c in curves)
+        axes.plot([0, top], [0, top], color=_FAINT, linewidth=1.2)
+        for index, (name, curve) in enumerate(curves[:MAX_CURVES]):
+            style = {"color": _SERIES[index], "linewidth": 1.3, "markersize": 4}
+            axes.plot(curve["predicted"], curve["observed"], "o-", label=name, **style)
+        axes.set_xlabel("predicted probability, mean of a bin")
+        axes.set_ylabel("share observed on held-out users")
+        axes.grid(color=_FAINT, linewidth=0.5)
+        axes.legend(frameon=False, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+    return _figure(figure, "Calibration on users that the judge has not seen; on the diagonal is right.", "calibration")
+
+
+def _predictive(check: Mapping[str, Any]) -> str:
+    intro = (
+        "<p>The same estimator of user-by-strategy effects runs on the real log and on logs that the world emits"
+        + (f" ({check['replicas']} of them)" if "replicas" in check else "")
+        + "; the log should lie in the central 95 % of the emitted ones.</p>"
+    )
+    statistics = check.get("statistics")
+    if not isinstance(statistics, Mapping):
+        return intro + _nested(check)
+    lines = []
+    for name, facts in statistics.items():
+        if not isinstance(facts, Mapping) or "observed" not in facts:
+            continue
+        low, high = facts.get("replicas_low", float("nan")), facts.get("replicas_high", float("nan"))
+        inside = bool(facts.get("inside"))
+        emitted = f"{facts.get('replicas_mean', float('nan')):.4g} [{low:.4g}, {high:.4g}]"
+        tone = f"<span class='{'up' if inside else 'down'}'>{'inside' if inside else 'outside'}</span>"
+        lines.append([_e(name.replace("_", " ").replace("/", ": ")), f"{facts['observed']:.4g}", emitted, tone])
+    return intro + _rows_table(("statistic", "log", "emitted logs, mean [95 %]", ""), lines)
 
 
 def _data_card(world: World) -> str:
@@ -366,6 +474,8 @@ def _leaves(value: Any, path: str = "") -> list[tuple[str, str]]:
         ]
     if isinstance(value, float):
         return [(path, f"{value:.4g}")]
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], (list, tuple)):
+        return [(path, f"{len(value)} x {len(value[0])} numbers")]
     if isinstance(value, (list, tuple)):
         shown = ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value[:12])
         return [(path, shown + (f" ... ({len(value)})" if len(value) > 12 else ""))]
@@ -441,6 +551,7 @@ _STYLE = (
     "header,section{background:var(--card);border:1px solid var(--faint);border-radius:10px;padding:18px 22px;margin:0 0 18px}"
     "h1{font-size:27px;line-height:1.25;margin:6px 0 10px}h2{font-size:18px;margin:0 0 8px}h3{font-size:15px;margin:18px 0 6px}"
     "h1.good{color:var(--good)}h1.calm{color:var(--calm)}h1.open{color:var(--open)}"
+    ".caution{color:var(--open)}details{margin:8px 0}summary{cursor:pointer;color:var(--soft)}"
     "p{margin:6px 0 10px;max-width:92ch}.lead{font-size:16px}.over,small,figcaption,.note{color:var(--soft)}"
     ".wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px;margin:6px 0}"
     "th,td{text-align:left;padding:4px 10px 4px 0;border-bottom:1px solid var(--faint);vertical-align:top}"
