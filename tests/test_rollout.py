@@ -16,7 +16,9 @@ from metarec_gym.evaluation.rollout import (
     RolloutResult,
     Rotation,
     Rows,
+    Schedule,
     Window,
+    greedy_schedule,
     per_user,
     pick_contexts,
     rollout,
@@ -114,6 +116,21 @@ def test_length_rule_ranges_start_at_their_edge() -> None:
     lengths = torch.tensor([0, 2, 3, 9, 10, 99])
     rows = Rows(torch.arange(6), torch.arange(6), torch.zeros(6, dtype=torch.int64), lengths)
     assert rule.row_choice(rows, 0).tolist() == [5, 5, 6, 6, 7, 7]
+
+
+def test_a_schedule_serves_by_request_and_range_and_its_last_strategy_goes_on(tiny_world: World) -> None:
+    served = _play(tiny_world, Schedule(edges=(1,), table=((2, 0), (1,))), replicates=1)
+    cold = served.history_length == 0
+    assert cold.any()
+    assert (served.action[cold] == [2, 0, 0, 0]).all()
+    assert (served.action[~cold] == 1).all()
+
+
+def test_a_schedule_learned_from_users_of_one_type_serves_that_type(tiny_world: World) -> None:
+    starts = tiny_world.starts_of("A")
+    ones = starts[tiny_world.tensors["start_user"][starts] % 2 == 1]
+    learned = greedy_schedule(tiny_world, "A", contexts=ones, edges=(), horizon=4, env_seed=0)
+    assert learned == Schedule((), ((1, 1, 1, 1),))
 
 
 class _Recorder(UniformPolicy):

@@ -11,7 +11,7 @@ the other (with the other judge).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,7 +32,9 @@ from metarec_gym.evaluation.rollout import (
     Player,
     Rotation,
     RowRule,
+    Schedule,
     Window,
+    greedy_schedule,
     per_user,
     pick_contexts,
     rollout,
@@ -46,9 +48,15 @@ if TYPE_CHECKING:
 FOLDS = ("A", "B")
 DROP_P = 1e-4
 """A strategy leaves a start state's race when a t test says that it is worse than the leader with a p-value below this."""
-ROTATED = 5
-"""Strategies that rotations are built from: the best ones on the training users."""
-LONGEST_ROTATION = 4
+CANDIDATES = 5
+"""Strategies that rotations and switches are built from: the best ones on the training users."""
+LONGEST_ROTATION = 3
+SWITCHES = (0.25, 0.4, 0.55, 0.7)
+"""Shares of the episode after which a rule may switch from the best strategy to another one for good."""
+SCHEDULE_BINS = (1, 2, 3)
+"""Ranges of history lengths with schedules of their own."""
+SCHEDULE_ROWS = 4096
+"""Episodes that a schedule is learned from, at most."""
 CHUNK_STEPS = 400_000
 """User-steps of a task in the second round: a kill loses a few seconds of work."""
 MAX_SHOWN = 0.1
@@ -582,44 +590,91 @@ class _Measurement:
     def _sched(
         self, plays: dict[str, FoldPlays], windows: tuple[Window, ...], horizon: int, headline: int, played: int
     ) -> dict[str, Sched]:
-        rotations = self._rotations(plays, windows, horizon, headline)
+        rules = self._timed_rules(plays, windows, horizon, headline)
         chosen = {
             test: choose_sched(
-                plays[_other(test)], rotations[_other(test)], self.world.strategies, headline, self.settings.seed
+                plays[_other(test)], rules[_other(test)], self.world.strategies, headline, self.settings.seed
             )
             for test in FOLDS
         }
         tasks = {
-            test: self.task(_rotation_label(rule), test, rule, windows, horizon, 0, played)
+            test: self.task(_label(rule), test, rule, windows, horizon, 0, played)
             for test, (_, rule, _) in chosen.items()
-            if isinstance(rule, Rotation)
+            if isinstance(rule, Rotation | Schedule)
         }
-        done = self.run(list(tasks.values()), "headroom: best rotation")
+        done = self.run(list(tasks.values()), "headroom: best simple rule")
         found = {}
         for test, (name, rule, scores) in chosen.items():
             value = done[tasks[test].key].value if test in tasks else played_throughout(rule, plays[test])
             found[test] = Sched(name, rule, value, scores)
         return found
 
-    def _rotations(
+    def _timed_rules(
         self, plays: dict[str, FoldPlays], windows: tuple[Window, ...], horizon: int, headline: int
-    ) -> dict[str, dict[Rotation, Floats]]:
-        """Rotations grown one strategy at a time on each fold's users; values (C, R, P) on those users.
+    ) -> dict[str, dict[RowRule, Floats]]:
+        """Rotations, switches and schedules fitted to each fold's users; values (C, R, P) on those users.
 
-        From the best strategy on, every round appends the strategy that helps most, so that a rotation may serve one
-        strategy twice as often as another. Half of the replicates decide: there are only a few dozen rules to tell apart.
+        Rotations grow one strategy at a time: from the best strategy on, every round appends the one that helps most, so
+        that a rotation may serve one strategy twice as often as another. A switch serves the best strategy up to some
+        request and another one from then on: long sessions exhaust a list. A schedule takes at each request what is worth
+        most to the training users on average. Half of the replicates decide.
         """
         replicates = self.settings.replicates
-        found: dict[str, dict[Rotation, Floats]] = {fold: {} for fold in FOLDS}
+        found: dict[str, dict[RowRule, Floats]] = {fold: {} for fold in FOLDS}
         pool: dict[str, list[int]] = {}
         grown: dict[str, tuple[int, ...]] = {}
+        first: dict[tuple[str, RowRule], Task] = {}
+
+        def add(fold: str, rule: RowRule) -> None:
+            first[fold, rule] = self.task(_label(rule), fold, rule, windows, horizon, 0, replicates)
+
         for fold in FOLDS:
             value = per_user(plays[fold].user, plays[fold].fixed.mean(axis=1))[:, :, headline].mean(axis=0)
-            pool[fold] = [int(k) for k in np.argsort(-value, kind="stable")[:ROTATED]]
-            grown[fold] = (pool[fold][0],)
+            best, *others = (int(k) for k in np.argsort(-value, kind="stable")[:CANDIDATES])
+            pool[fold], grown[fold] = [best, *others], (best,)
+            for other in others:
+                for share in SWITCHES:
+                    at = round(share * horizon)
+                    if 0 < at < horizon:
+                        add(fold, Schedule((), ((*[best] * at, other),)))
+            for bins in SCHEDULE_BINS:
+                add(fold, self._schedule(fold, plays[fold].history_length, bins, horizon))
+        done = self.run(list(first.values()), "headroom: switches and schedules")
+        for (fold, rule), task in first.items():
+            found[fold][rule] = done[task.key].value
+        self._grow_rotations(plays, windows, horizon, headline, pool, grown, found)
+        return found
+
+    def _schedule(self, fold: str, history_length: NDArray[np.int64], bins: int, horizon: int) -> Schedule:
+        contexts = self.contexts[fold]
+        step = -(-len(contexts) // SCHEDULE_ROWS)
+        return greedy_schedule(
+            self.world,
+            fold,
+            contexts=contexts[::step],
+            edges=length_edges(history_length, bins),
+            horizon=horizon,
+            env_seed=stream(self.settings.seed, "schedules"),
+            slate_size=self.settings.slate_size,
+            cost_weight=self.settings.cost_weight,
+            device=self.device,
+        )
+
+    def _grow_rotations(
+        self,
+        plays: dict[str, FoldPlays],
+        windows: tuple[Window, ...],
+        horizon: int,
+        headline: int,
+        pool: dict[str, list[int]],
+        grown: dict[str, tuple[int, ...]],
+        found: dict[str, dict[RowRule, Floats]],
+    ) -> None:
         for length in range(2, LONGEST_ROTATION + 1):
             tasks = {
-                (fold, rotation): self.task(_rotation_label(rotation), fold, rotation, windows, horizon, 0, replicates)
+                (fold, rotation): self.task(
+                    _label(rotation), fold, rotation, windows, horizon, 0, self.settings.replicates
+                )
                 for fold in FOLDS
                 for k in pool[fold]
                 if len(set((rotation := Rotation((*grown[fold], k))).strategies)) > 1
@@ -628,16 +683,18 @@ class _Measurement:
             for (fold, rotation), task in tasks.items():
                 found[fold][rotation] = done[task.key].value
             for fold in FOLDS:
-                mine = {r: v for r, v in found[fold].items() if len(r.strategies) == length}
+                mine = [rotation for f, rotation in tasks if f == fold]
                 if mine:
-                    users = plays[fold].user
-                    best = max(mine, key=lambda r: float(per_user(users, mine[r].mean(axis=1))[:, headline].mean()))
-                    grown[fold] = best.strategies
-        return found
+                    users, values = plays[fold].user, found[fold]
+                    scores = [float(per_user(users, values[r].mean(axis=1))[:, headline].mean()) for r in mine]
+                    grown[fold] = mine[int(np.argmax(scores))].strategies
 
 
-def _rotation_label(rotation: Rotation) -> str:
-    return "rotation" + "-".join(map(str, rotation.strategies))
+def _label(rule: RowRule) -> str:
+    """Name of a rule's files: readable where that is short."""
+    if isinstance(rule, Rotation):
+        return "rotation" + "-".join(map(str, rule.strategies))
+    return f"schedule{stream(0, repr(rule)):016x}"
 
 
 def _other(fold: str) -> str:
@@ -692,30 +749,37 @@ def fit_length_rule(history_length: NDArray[np.int64], value: Floats, bins: int)
     Returns:
         The rule.
     """
-    quantiles = np.quantile(history_length, np.arange(1, bins) / bins, method="inverted_cdf")
-    edges = np.unique(quantiles).astype(np.int64)
-    edges = edges[edges > history_length.min()]
+    edges = length_edges(history_length, bins)
     place = np.digitize(history_length, edges)
     strategies = [int(value[place == b].mean(axis=0).argmax()) for b in range(len(edges) + 1)]
-    return LengthRule(tuple(int(e) for e in edges), tuple(strategies))
+    return LengthRule(edges, tuple(strategies))
+
+
+def length_edges(history_length: NDArray[np.int64], bins: int) -> tuple[int, ...]:
+    """Quantiles of history lengths that cut them into `bins` ranges; fewer where lengths repeat."""
+    if bins == 1:
+        return ()
+    quantiles = np.quantile(history_length, np.arange(1, bins) / bins, method="inverted_cdf")
+    return tuple(int(edge) for edge in np.unique(quantiles) if edge > history_length.min())
 
 
 def choose_sched(
     train: FoldPlays,
-    rotations: dict[Rotation, Floats],
+    timed: Mapping[RowRule, Floats],
     strategies: tuple[str, ...],
     headline: int,
     seed: int,
 ) -> tuple[str, RowRule, dict[str, float]]:
-    """Best non-personal rule on the training users: one strategy, a rotation or a history-length rule.
+    """Best non-personal rule on the training users: one strategy, a history-length rule, a rotation, switch or schedule.
 
     Rules that are fitted to users win on the very users they were fitted to; so one strategy and length rules are judged by
-    five-fold cross-validation over the training users, and only then fitted to all of them. Rotations are few and have no
-    parameters. Rank fusion is a strategy (`rrf`).
+    five-fold cross-validation over the training users, and only then fitted to all of them. The timed rules are fitted to
+    means over all users; that flatters them little, and if it does, SCHED as scored on the other fold is the lower for it.
+    Rank fusion is a strategy (`rrf`).
 
     Args:
         train: Plays of the training fold.
-        rotations: Values (C, R, P) of rotations on the training fold's first R replicates.
+        timed: Values (C, R, P) of rotations, switches and schedules on the training fold's first R replicates.
         strategies: Names.
         headline: Index of the window that decides.
         seed: Decides the cross-validation's parts.
@@ -723,7 +787,7 @@ def choose_sched(
     Returns:
         Name in words, the rule, and the score of every candidate.
     """
-    replicates = next(iter(rotations.values())).shape[1] if rotations else train.fixed.shape[1]
+    replicates = next(iter(timed.values())).shape[1] if timed else train.fixed.shape[1]
     fixed = train.fixed[:, :replicates].mean(axis=1)[:, :, headline]
     part = (fold_in(mix(torch.tensor(stream(seed, "sched parts"))), torch.from_numpy(train.user)) % 5).numpy()
     scores: dict[str, float] = {}
@@ -745,9 +809,11 @@ def choose_sched(
     best = int(per_user(train.user, train.fixed.mean(axis=1)[:, :, headline]).mean(axis=0).argmax())
     rules["one strategy"] = Fixed(best)
     scores["one strategy"] = cross_validated(single)
-    for rotation, value in rotations.items():
-        name = "in turn: " + ", ".join(strategies[k] for k in rotation.strategies)
-        rules[name], scores[name] = rotation, score(value.mean(axis=1)[:, headline])
+    for timed_rule, value in timed.items():
+        name = describe_timed_rule(timed_rule, strategies)
+        # long schedules are told by their shares, and two may share them
+        name = name if name not in rules else f"{name} ({len(rules)})"
+        rules[name], scores[name] = timed_rule, score(value.mean(axis=1)[:, headline])
     for bins in (2, 3, 4, 6):
 
         def by_length(rows: NDArray[np.bool_], bins: int = bins) -> NDArray[np.int64]:
@@ -774,6 +840,31 @@ def played_throughout(rule: RowRule, plays: FoldPlays) -> Floats:
     length_rule = cast(LengthRule, rule)
     chosen = np.asarray(length_rule.strategies)[np.digitize(plays.history_length, length_rule.edges)]
     return np.take_along_axis(plays.fixed, chosen[:, None, None, None], axis=2)[:, :, 0]
+
+
+def describe_timed_rule(rule: RowRule, strategies: tuple[str, ...]) -> str:
+    """A rotation, switch or schedule in words: `x 1-8, y 9-12` for the requests 1 to 8 and 9 to 12."""
+    if isinstance(rule, Rotation):
+        return "in turn: " + ", ".join(strategies[k] for k in rule.strategies)
+    schedule = cast(Schedule, rule)
+    lines = []
+    for turns in schedule.table:
+        starts = [i for i in range(len(turns)) if i == 0 or turns[i] != turns[i - 1]]
+        ends = [*starts[1:], len(turns)]
+        spans = [
+            f"{strategies[turns[a]]} from request {a + 1}"
+            if b == len(turns)
+            else f"{strategies[turns[a]]} {a + 1}" + (f"-{b}" if b > a + 1 else "")
+            for a, b in zip(starts, ends, strict=True)
+        ]
+        if len(spans) > 6:
+            used = sorted(set(turns), key=lambda k: -turns.count(k))
+            spans = [f"{strategies[k]} {turns.count(k)}x" for k in used]
+        lines.append(", ".join(spans))
+    if len(lines) == 1:
+        return "by time: " + lines[0]
+    ranges = [f"history below {edge}" for edge in schedule.edges] + ["else"]
+    return "by time and history length: " + "; ".join(f"{r}: {line}" for r, line in zip(ranges, lines, strict=True))
 
 
 def describe_length_rule(rule: LengthRule, strategies: tuple[str, ...]) -> str:

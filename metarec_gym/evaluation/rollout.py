@@ -95,6 +95,25 @@ class LengthRule:
         return table[self.bins(rows.history_length)]
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """A strategy for each request, the same for all users whose history length is in one range.
+
+    Attributes:
+        edges: As in `LengthRule`; empty for one range.
+        table: For each range the strategies in order of the requests; the last one goes on.
+    """
+
+    edges: tuple[int, ...]
+    table: tuple[tuple[int, ...], ...]
+
+    def row_choice(self, rows: Rows, request: int) -> Tensor:
+        """The request's strategy of each row's range."""
+        now = torch.tensor([turns[min(request, len(turns) - 1)] for turns in self.table], device=rows.context.device)
+        edges = torch.tensor(self.edges, dtype=torch.int64, device=rows.context.device)
+        return now[torch.bucketize(rows.history_length, edges, right=True)]
+
+
 @dataclass(frozen=True, eq=False)
 class Choices:
     """Stored choices: one strategy for each start state and replicate, kept through the episode.
@@ -330,6 +349,59 @@ def rollout(
         noise=np.arange(noise_base, noise_base + replicates),
         **merged,
     )
+
+
+def greedy_schedule(
+    world: World,
+    fold: str,
+    *,
+    contexts: Tensor,
+    edges: tuple[int, ...],
+    horizon: int,
+    env_seed: int,
+    slate_size: int | None = None,
+    cost_weight: float = 0.0,
+    device: str | torch.device = "cpu",
+) -> Schedule:
+    """Learns a schedule from training users: at each request the strategy that is worth most to them on average.
+
+    All users are played side by side by the schedule found so far, so what was shown before is taken into account.
+
+    Args:
+        world: The world.
+        fold: Whose users to learn from.
+        contexts: int64 (C,), start states of the fold, one episode each.
+        edges: Ranges of history lengths that get schedules of their own, see `LengthRule`.
+        horizon: Requests an episode.
+        env_seed: Seed of the draws.
+        slate_size: Items a request; None takes the world's.
+        cost_weight: Reward lost for the relative serving cost.
+        device: Where the environment runs.
+
+    Returns:
+        The schedule.
+    """
+    env = _env_maker(world, fold, horizon, slate_size, cost_weight, device)(len(contexts))
+    lengths = world.tensors["start_length"][contexts].to(torch.int64)
+    place = torch.bucketize(lengths, torch.tensor(edges, dtype=torch.int64), right=True).to(device)
+    where = torch.nn.functional.one_hot(place, len(edges) + 1).to(torch.float64)
+    table: list[list[int]] = [[] for _ in range(len(edges) + 1)]
+    with torch.no_grad():
+        _, info = env.reset(
+            seed=env_seed, options={"start_state": contexts.to(device), "noise": torch.zeros_like(contexts).to(device)}
+        )
+        alive = torch.ones(len(contexts), dtype=torch.float64, device=device)
+        for _ in range(horizon):
+            mask = torch.as_tensor(info["action_mask"], device=device).to(torch.bool)
+            worth = env.peek_expected_rewards().to(torch.float64) * alive[:, None]
+            # mean over the range's users; users who left are worth nothing under any strategy
+            best = (where.T @ worth).masked_fill(~mask[0], -torch.inf).argmax(dim=1)
+            for turns, strategy in zip(table, best.tolist(), strict=True):
+                turns.append(int(strategy))
+            _, _, terminated, truncated, info = env.step(best[place])
+            alive = alive * (~(terminated | truncated)).to(torch.float64)
+    env.close()
+    return Schedule(edges, tuple(tuple(turns) for turns in table))
 
 
 def _env_maker(

@@ -96,7 +96,8 @@ class SasRec(Strategy):
     def _forward(self, weights: dict[str, Tensor], items: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """State after every item, (batch, length, width); items int64 (batch, length) with -1 anywhere on the left."""
         batch, length = items.shape
-        hidden = weights["item_embedding"][items.clamp(min=0)] * math.sqrt(self.width)
+        # embedding, not indexing: the gradient of an indexed tensor is summed by several threads in no fixed order
+        hidden = functional.embedding(items.clamp(min=0), weights["item_embedding"]) * math.sqrt(self.width)
         hidden = self._drop(hidden, generator)
         place = torch.arange(length, device=items.device)
         distance = place[:, None] - place[None, :]
@@ -109,7 +110,8 @@ class SasRec(Strategy):
                 for part in (normed @ weights[f"attend_{block}"].T).chunk(3, dim=2)
             )
             logits = query @ key.transpose(2, 3) / math.sqrt(self.width / self.heads)
-            logits = logits + weights[f"distance_{block}"][:, distance.clamp(min=0)]
+            near = functional.embedding(distance.clamp(min=0), weights[f"distance_{block}"].T)
+            logits = logits + near.permute(2, 0, 1)
             attention = torch.softmax(logits.masked_fill(~allowed[:, None], -1e9), dim=3)
             mixed = (attention @ value).transpose(1, 2).reshape(batch, length, self.width)
             hidden = hidden + self._drop(mixed @ weights[f"merge_{block}"].T, generator)
