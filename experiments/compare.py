@@ -406,7 +406,7 @@ def run(args: Args) -> Comparison:
     rows = leaderboard(policies, headroom, world.tensors["costs"].numpy())
     at = headroom.headline
     learned = {row.name: row.lift_sched[at] for row in rows if row.kind in TRAINED}
-    verdict = decide(headroom.sbs_name, headroom.headrooms(), learned)
+    verdict = decide(headroom.sbs_name, headroom.headrooms(), learned, sched=headroom.sched_name)
     checks = self_checks(policies, headroom)
 
     csv_path = write_atomic(folder.path / f"leaderboard_{world.name}.csv", csv_text(rows, headroom, world.name))

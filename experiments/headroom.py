@@ -144,7 +144,7 @@ def run(args: Args) -> dict[str, Any]:
             print(f"  {window.name}: {parts}")
     for note in headroom.notes:
         print(f"note  {note}")
-    verdict = decide(headroom.sbs_name, headroom.headrooms(), {})
+    verdict = decide(headroom.sbs_name, headroom.headrooms(), {}, sched=headroom.sched_name)
     print(f"verdict before training  {verdict.headline}. {verdict.reason}")
     print(f"result   {folder.path / 'result.json'}")
     return folder.result() or {}

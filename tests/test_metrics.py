@@ -100,6 +100,10 @@ def test_cannot_tell_says_which_bound_is_in_the_way() -> None:
     verdict = decide("ease", {"per-user oracle": OPEN}, {"ppo": _interval(-0.05, 0.01)})
     assert "There is something to win" in verdict.reason
     assert "surely less than 2 %" in verdict.reason
+    rules = {"per-user oracle": OPEN, "best non-personal rule": _interval(0.05, 0.09)}
+    simple = decide("ease", rules, {"ppo": _interval(-0.05, 0.01)}, sched="in turn: ease, popular")
+    assert simple.headline == "cannot tell (until then the safe choice is in turn: ease, popular)"
+    assert "What is sure without learning" in simple.reason
     unsure = decide("ease", {"per-user oracle": _interval(0.01, 0.05)}, {})
     assert "open" in unsure.reason
     assert "No learned policy was played" in unsure.reason

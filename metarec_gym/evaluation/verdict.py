@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from metarec_gym.evaluation.intervals import Interval
 from metarec_gym.evaluation.metrics import MIN_HEADROOM
 
+RULE = "best non-personal rule"
+"""Its name among the headrooms."""
 PAYS, JUST_USE, CANNOT_TELL = "selection pays", "just use", "cannot tell"
 
 
@@ -29,7 +31,12 @@ class Verdict:
 
 
 def decide(
-    sbs: str, headrooms: Mapping[str, Interval], learned: Mapping[str, Interval], *, level: float = 0.95
+    sbs: str,
+    headrooms: Mapping[str, Interval],
+    learned: Mapping[str, Interval],
+    *,
+    sched: str | None = None,
+    level: float = 0.95,
 ) -> Verdict:
     """Verdict from bounds.
 
@@ -40,6 +47,7 @@ def decide(
         sbs: Name of the single best strategy.
         headrooms: Lift over the single best strategy of each oracle and of the best non-personal rule.
         learned: Lift over the best non-personal rule of each learned policy; may be empty.
+        sched: The best non-personal rule in words.
         level: Confidence level of the whole statement.
 
     Returns:
@@ -87,4 +95,8 @@ def decide(
             f"But the learned policies do not win it: even the best, {name}, gains {corrected[name].as_percent()} "
             f"over the best non-personal rule, surely less than {edge}{note}."
         )
-    return Verdict(CANNOT_TELL, f"cannot tell (until then {sbs} is the safe choice)", " ".join(sentences), best)
+    rule = headrooms.get(RULE)
+    if sched is not None and rule is not None and rule.low > MIN_HEADROOM:
+        sentences.append(f"What is sure without learning: {sched} gains {rule.as_percent()} over {sbs}.")
+        return Verdict(CANNOT_TELL, f"cannot tell (until then the safe choice is {sched})", " ".join(sentences), best)
+    return Verdict(CANNOT_TELL, f"cannot tell (until then the safe choice is {sbs})", " ".join(sentences), best)
