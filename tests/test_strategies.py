@@ -303,6 +303,16 @@ def test_ease_is_its_closed_form() -> None:
     torch.testing.assert_close(ease.score(torch.tensor([[0]])), torch.tensor([[0.0, 1 / 3]]))
 
 
+def test_ease_adds_the_weights_of_the_history_each_item_once_whatever_its_order(dataset: Dataset) -> None:
+    ease = Ease(l2=5.0).fit(dataset, all_users(dataset), seed=0)
+    a, b = torch.nonzero(ease.popularity > 0).flatten()[:2].tolist()
+    one, other, repeated = ease.score(torch.tensor([[-1, -1, a, b], [-1, -1, b, a], [a, b, a, b]]))
+    known = ease.popularity > 0
+    torch.testing.assert_close(one[known], (ease.weight[a] + ease.weight[b])[known])
+    assert torch.equal(one, other)
+    assert torch.equal(one, repeated)
+
+
 def test_als_folds_a_history_in_as_the_ridge_solution_of_its_loss(dataset: Dataset) -> None:
     als = Als(factors=4, alpha=3.0, l2=0.5).fit(dataset, dataset.users_in(FOLD_S), seed=0)
     seen = torch.nonzero(als.popularity > 0).flatten()

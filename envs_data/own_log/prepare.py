@@ -194,8 +194,13 @@ def _event_parts(mapping: str, columns: list[str]) -> tuple[str, str, str]:
     return mapping, "", ""
 
 
-def prepare(args: Args, recipe: dict[str, Any] | None = None) -> InteractionLog:
-    """Reads, maps, aggregates and validates the log; `recipe` goes into its card.
+def prepare(args: Args, recipe: dict[str, Any] | None = None, *, items: pd.DataFrame | None = None) -> InteractionLog:
+    """Reads, maps, aggregates and validates the log.
+
+    Args:
+        args: The files and the mapping.
+        recipe: Goes into the card.
+        items: Item table, in place of reading that of `args`.
 
     Raises:
         ValueError: The file or the mapping cannot be used; the sentence says why and what to do.
@@ -230,7 +235,7 @@ def prepare(args: Args, recipe: dict[str, Any] | None = None) -> InteractionLog:
         name=name,
         outcomes=[rule.name for rule in rules],
         outcome_weights=weights,
-        items=_item_table(args) if args.items is not None else None,
+        items=_item_table(args) if items is None and args.items is not None else items,
         card=card,
         cleaning=steps,
     )

@@ -55,6 +55,8 @@ class Dataset:
     """Names of the categories, sorted."""
     item_release: Tensor
     """float64 (n_items,), unix seconds, NaN if unknown."""
+    position: Tensor | None = None
+    """int64 (n_rows,): place in the slate counted from 0, -1 unknown; None where the log has no positions."""
 
     @property
     def n_users(self) -> int:
@@ -156,6 +158,11 @@ def encode(
     else:
         session = sessions_by_gap(user, time_s, session_gap_s)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))]).astype(np.int64)
+    position = None
+    if "position" in frame.columns:
+        place = frame["position"].to_numpy(dtype=np.int64)[order]
+        # some logs count the first place as 1
+        position = torch.from_numpy(place - place.min())
     text, category, category_names, release = _item_columns(log, item_ids)
     return Dataset(
         name=log.name,
@@ -175,6 +182,7 @@ def encode(
         item_category=torch.from_numpy(category),
         category_names=category_names,
         item_release=torch.from_numpy(release),
+        position=position,
     )
 
 

@@ -18,7 +18,7 @@ from metarec_gym.data.storage import content_hash, read_tables, write_tables
 KEY_COLUMNS = ("user_id", "item_id", "timestamp")
 OPTIONAL_COLUMNS = ("session_id", "propensity", "position", "strategy")
 _LOG_KIND = "interaction log"
-_KNOWN_LOGS = ("movielens_100k",)
+_KNOWN_LOGS = ("movielens_100k", "movielens_1m", "deskdrop")
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,17 @@ def spread(histories: Tensor, values: Tensor, n_items: int) -> Tensor:
     return out.scatter_add_(1, column, values)[:, :n_items]
 
 
-def multi_hot(histories: Tensor, n_items: int) -> Tensor:
-    """1 where the item is in the history; float32 (batch, n_items)."""
-    return spread(histories, torch.ones_like(histories, dtype=torch.float32), n_items).clamp_(max=1.0)
+def sum_of_rows(histories: Tensor, values: Tensor, table: Tensor) -> Tensor:
+    """Sums the rows of `table` (float32 (n_items, d)) that belong to the items, each times its value; (batch, d).
+
+    The cost grows with the items that are there, whatever the padding and the catalogue; a row of the result does not
+    depend on the other rows.
+    """
+    known = histories >= 0
+    count = known.sum(dim=1)
+    return torch.nn.functional.embedding_bag(
+        histories[known], table, count.cumsum(0) - count, mode="sum", per_sample_weights=values[known]
+    )
 
 
 class Strategy(torch.nn.Module, ABC):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from metarec_gym.recommenders.base import JSON, REFERENCE_LENGTH, FitRows, Strategy, recency_weights, spread
+from metarec_gym.recommenders.base import JSON, REFERENCE_LENGTH, FitRows, Strategy, recency_weights, sum_of_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,7 +87,7 @@ class Content(Strategy):
 
     def _score(self, histories: Tensor) -> Tensor:
         weight = recency_weights(histories, self.half_life_items)
-        profile = torch.nn.functional.normalize(spread(histories, weight, self.n_items) @ self.feature, dim=1)
+        profile = torch.nn.functional.normalize(sum_of_rows(histories, weight, self.feature), dim=1)
         return profile @ self.feature.T + self.popularity_weight * self.prior
 
     def _flops(self) -> float:

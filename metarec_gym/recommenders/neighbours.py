@@ -12,9 +12,9 @@ from metarec_gym.recommenders.base import (
     REFERENCE_LENGTH,
     FitRows,
     Strategy,
-    multi_hot,
     recency_weights,
     spread,
+    sum_of_rows,
 )
 
 if TYPE_CHECKING:
@@ -185,10 +185,16 @@ class Ease(Strategy):
         # B_ij = -P_ij / P_jj, B_jj = 0
         weight = -inverse / inverse.diagonal()
         weight.fill_diagonal_(0.0)
-        self.weight = weight.to(torch.float32)
+        # row by row: the inverse comes column by column, and adding up its rows would be 25 times slower
+        self.weight = weight.to(torch.float32).contiguous()
 
     def _score(self, histories: Tensor) -> Tensor:
-        return multi_hot(histories, self.n_items) @ self.weight
+        # x B with x in {0, 1}: the weights of the history's items added up, each item once
+        items = histories.sort(dim=1).values
+        again = torch.zeros_like(items, dtype=torch.bool)
+        again[:, 1:] = items[:, 1:] == items[:, :-1]
+        items = items.masked_fill(again, -1)
+        return sum_of_rows(items, torch.ones_like(items, dtype=self.weight.dtype), self.weight)
 
     def _flops(self) -> float:
         # only the rows of the history's items are added up

@@ -176,12 +176,13 @@ class Pool:
         return {strategy.name: strategy.cost() for strategy in self.strategies}
 
     @torch.no_grad()
-    def top_lists(self, histories: Tensor, length: int) -> Tensor:
+    def top_lists(self, histories: Tensor, length: int, *, exclude: Tensor | None = None) -> Tensor:
         """What every strategy would show to every user, without what the user has consumed.
 
         Args:
             histories: int64 (batch, H), newest last, -1 on the left; on any device.
             length: Items in a list.
+            exclude: bool (batch, n_items), further items that no list may hold; None = none.
 
         Returns:
             int64 (batch, K, length) on the device of `histories`: best first, ties to the lower item index, -1 where
@@ -189,6 +190,11 @@ class Pool:
         """
         if length < 1:
             raise ValueError(f"length is 1 or more, came {length}")
+        if exclude is not None and (exclude.shape != (len(histories), self.n_items) or exclude.dtype != torch.bool):
+            raise ValueError(
+                f"exclude is bool ({len(histories)}, {self.n_items}), one row a history and one column an item; came "
+                f"{exclude.dtype} {tuple(exclude.shape)}"
+            )
         lists = histories.new_full((histories.shape[0], len(self), length), -1)
         # sums over the items of a history: bounded in rows x items and in rows x history
         widest = max(self.n_items, 64 * histories.shape[1], 1)
@@ -198,10 +204,13 @@ class Pool:
             n_rows = chunk.shape[0]
             # whole multiples of 16 rows: a matrix product of fewer rows may round differently
             chunk = torch.nn.functional.pad(chunk, (0, 0, 0, -n_rows % _ROWS_PER_MATMUL), value=-1)
-            lists[begin : begin + n_rows] = self._rank(chunk, length)[:n_rows].to(histories.device)
+            mask = None if exclude is None else exclude[begin : begin + rows].to(self.device)
+            if mask is not None:
+                mask = torch.nn.functional.pad(mask, (0, 0, 0, -n_rows % _ROWS_PER_MATMUL))
+            lists[begin : begin + n_rows] = self._rank(chunk, length, mask)[:n_rows].to(histories.device)
         return lists
 
-    def _rank(self, histories: Tensor, length: int) -> Tensor:
+    def _rank(self, histories: Tensor, length: int, exclude: Tensor | None) -> Tensor:
         fused = [strategy for strategy in self.strategies if isinstance(strategy, ReciprocalRankFusion)]
         depth = {base: max(length, fusion.depth) for fusion in fused for base in fusion.bases}
         ranked: dict[str, Tensor] = {}
@@ -211,7 +220,7 @@ class Pool:
                 score = strategy.fuse([ranked[base][:, : strategy.depth] for base in strategy.bases])
             else:
                 score = strategy.score(histories)
-            ranked[strategy.name] = best_items(score, histories, depth.get(strategy.name, length))
+            ranked[strategy.name] = _best_allowed(score, histories, depth.get(strategy.name, length), exclude)
         return torch.stack([ranked[name][:, :length] for name in self.names], dim=1)
 
     def save(self, folder: str | Path) -> Path:
@@ -263,6 +272,16 @@ class Pool:
             strategy.load_state_dict(state)
             strategies.append(strategy.eval())
         return cls(strategies)
+
+
+def _best_allowed(scores: Tensor, histories: Tensor, length: int, exclude: Tensor | None) -> Tensor:
+    """`best_items` without the items of `exclude` (bool (batch, n_items)) either."""
+    if exclude is None:
+        return best_items(scores, histories, length)
+    # scores are finite, so excluded items come last and are cut off there
+    lists = best_items(scores.masked_fill(exclude, -torch.inf), histories, length)
+    barred = (lists >= 0) & exclude.gather(1, lists.clamp(min=0))
+    return torch.where(barred, -1, lists)
 
 
 def _bind(strategies: Sequence[Strategy]) -> None:
