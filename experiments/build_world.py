@@ -8,14 +8,21 @@ Finished stages are kept in `<out>.partial` while it runs; a finished world of t
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiments.run_folder import RunFolder, code_hash, jsonable
 
-CODE = ("metarec_gym/data", "metarec_gym/recommenders", "metarec_gym/response", "metarec_gym/world.py")
+CODE = (
+    "metarec_gym/data",
+    "metarec_gym/recommenders",
+    "metarec_gym/response",
+    "metarec_gym/world.py",
+    "metarec_gym/world_building.py",
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +45,21 @@ class Args:
     """Requests an episode; none given takes the largest sound one."""
     replicas: int = 200
     """Emitted logs of the posterior predictive check; 0 leaves it out."""
+    members: int = 2
+    """Networks in each judge; every episode meets one of them, so that what the fit does not know reaches every interval."""
+    variants: bool = True
+    """Also fits a judge of a second family, which scores the final table again, and, for a positives-only log, judges whose
+    negatives are sampled otherwise."""
+    response: Literal["model", "logged"] = "model"
+    """How users answer: by fitted judges, or by looking the answer up, for logs in which (nearly) every pair was observed."""
+    session_gap: float | None = None
+    """Longest pause inside a session in seconds, for a log without session ids; none given fits it from the log."""
     force: bool = False
     """Builds again although a world of the same log and settings is there."""
     runs: Path = Path("runs")
     """Folder of all runs."""
+    workers: int = 2
+    """Processes that fit judges side by side, one core each."""
     quiet: bool = False
     """No progress bars."""
 
@@ -61,6 +79,8 @@ def run(args: Args) -> dict[str, Any]:
     log = InteractionLog.load(args.log)
     settings = {"seed": args.seed, "pool": list(args.pool), "starts_per_user": args.starts_per_user}
     settings |= {"slate_size": args.slate_size, "horizon": args.horizon, "replicas": args.replicas}
+    settings |= {"members": args.members, "variants": args.variants, "response": args.response}
+    settings |= {"session_gap_s": args.session_gap}
     facts = {"kind": "world", "log": log.hash, "settings": settings, "code": code_hash(CODE)}
     folder = RunFolder(args.runs, f"world_{log.name}", facts)
     done = folder.result()
@@ -68,6 +88,7 @@ def run(args: Args) -> dict[str, Any]:
         built = json.loads((args.out / "world.json").read_text())
         if built.get("hash") == done["world"]:
             print(f"world  {log.name}  {done['world']}  found in {args.out}")
+            print(_hint(args))
             return done
     folder.begin(args)
     started = time.perf_counter()
@@ -81,6 +102,11 @@ def run(args: Args) -> dict[str, Any]:
         out=args.out,
         progress=not args.quiet,
         replicas=args.replicas,
+        workers=args.workers,
+        members=args.members,
+        variants=args.variants,
+        response=args.response,
+        session_gap_s=args.session_gap,
     )
     row = folder.finish(
         {
@@ -97,7 +123,13 @@ def run(args: Args) -> dict[str, Any]:
         }
     )
     print(f"world  {world.name}  {world.hash}  saved to {args.out} in {row['seconds']:.0f} s")
+    print(_hint(args))
     return row
+
+
+def _hint(args: Args) -> str:
+    command = shlex.join(["python", "-m", "experiments.validity", "--world", str(args.out), "--log", str(args.log)])
+    return f"how far may it be believed?  {command}"
 
 
 def main() -> None:

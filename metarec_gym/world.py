@@ -11,31 +11,27 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from metarec_gym.response.frozen import FrozenResponse
-from metarec_gym.seeding import numpy_rng, stream
+from metarec_gym.response.frozen import AnyJudge, LoggedResponse, make_judge
 
 if TYPE_CHECKING:
-    from metarec_gym.data.dataset import Dataset
     from metarec_gym.data.interactions import InteractionLog
-    from metarec_gym.recommenders.pool import Pool
     from metarec_gym.response.model import ResponseConfig
 
-WORLD_SCHEMA = 1
+WORLD_SCHEMA = 2
 FOLDS = ("A", "B")
 LIST_FEATURES = ("popularity", "agreement", "similarity")
 """What an observation says of a strategy's list, each over its first `LIST_HEAD` items."""
 LIST_HEAD = 20
-MAX_CATALOGUE_SHARE = 0.1
-"""A horizon is sound while at most this share of the catalogue is shown: long episodes would deplete it."""
-MAX_HORIZON = 100
+SECOND = "second"
+"""Judge of a second family: it shares neither form nor item space with the main one, and re-scores final tables."""
 
 _TENSORS = {
     "outcome_weights": "(n_outcomes,) reward of each outcome",
@@ -47,13 +43,28 @@ _TENSORS = {
     "start_fold": "(n_starts,) 0 = fold A, 1 = fold B",
     "start_length": "(n_starts,) items in the history",
     "start_lists": "(n_starts, n_strategies, list_length) ranked items without the history, -1 = none left",
-    "start_state": "(n_starts, state_dim) the fold's judge after the history",
+    "start_state": "(n_starts, state_dim) the fold's main judge (and its variants) after the history",
+    "start_state_second": "(n_starts, state_dim of the second family) the second family's judge; no columns without one",
     "start_taste": "(n_starts, n_taste) sum of item_taste over the history",
     "start_category": "(n_starts, n_categories) sum of item_category over the history",
     "start_popularity": "(n_starts,) sum of item_popularity over the history",
     "start_gap": "(n_starts,) time between the last two events of the history, 0 = none or one event, 1 = a year",
     "start_list_stats": "(n_starts, n_strategies, 3) " + ", ".join(LIST_FEATURES),
+    "start_time": "(n_starts,) float64 unix seconds of the last event of the history; cold: of the user's first event",
+    "start_sessions": "(n_starts,) sessions in the history",
+    "start_previous_gap": "(n_starts,) hours between the history's last session and the one before it; 0 = none",
+    "period_starts": "(n_periods,) float64 unix seconds at which each row of the judges' `trend` begins",
+    "user_events": "int32 (n_events,) items taken by the users, in time order, one user after the other",
+    "user_event_offsets": "int64 (n_users + 1,) where each user's events begin",
 }
+
+
+class Ranker(Protocol):
+    """Ranks the strategies' lists for live histories; `Pool` is one."""
+
+    def top_lists(self, histories: Tensor, length: int, *, exclude: Tensor | None = None) -> Tensor:
+        """int64 (batch, H), newest last, -1 on the left -> int64 (batch, K, length), -1 where the catalogue ran out."""
+        ...
 
 
 class WorldError(ValueError):
@@ -73,7 +84,8 @@ class World:
         seed: Seed of the build.
         reward_scale: Typical reward of one shown item; observations measure rewards in slates of it.
         tensors: Run-time tables, see `_TENSORS`.
-        responses: The frozen judge of each fold.
+        responses: The frozen judges: "A" and "B", one a fold, and variants of them: "A/second" (second family), "A/uniform"
+            (another sampler of negatives) and so on.
         info: JSON-able facts that do not change what an environment does (card, metrics, seconds); not hashed.
     """
 
@@ -85,8 +97,12 @@ class World:
     seed: int
     reward_scale: float
     tensors: dict[str, Tensor]
-    responses: dict[str, FrozenResponse]
+    responses: dict[str, AnyJudge]
     info: dict[str, Any] = field(default_factory=dict)
+    ranker: Ranker | None = None
+    """Ranks lists for live histories; read from `folder` on first use if None."""
+    folder: Path | None = None
+    """Where the world was loaded from or saved to."""
 
     def __post_init__(self) -> None:
         missing = sorted(set(_TENSORS) - set(self.tensors))
@@ -116,6 +132,89 @@ class World:
     def list_length(self) -> int:
         """Items kept of every ranked list."""
         return int(self.tensors["start_lists"].shape[2])
+
+    def judge(self, fold: str, name: str = "main") -> AnyJudge:
+        """The judge of a fold: `main`, or a variant by name (see `judge_names`).
+
+        Raises:
+            ValueError: When the world has no such judge.
+        """
+        key = fold if name == "main" else f"{fold}/{name}"
+        if key not in self.responses:
+            raise ValueError(
+                f"the world {self.name!r} has no judge {name!r} for fold {fold}; it has {self.judge_names(fold)}: build it with "
+                "variants (experiments.build_world --variants)"
+            )
+        return self.responses[key]
+
+    def judge_names(self, fold: str) -> tuple[str, ...]:
+        """Names of a fold's judges, `main` first."""
+        variants = sorted(key.split("/", 1)[1] for key in self.responses if key.startswith(f"{fold}/"))
+        return ("main", *variants)
+
+    def start_states(self, name: str = "main") -> Tensor:
+        """The start states as the judge `name` sees them; float32 (n_starts, state_dim)."""
+        return self.tensors["start_state_second" if name == SECOND else "start_state"]
+
+    @property
+    def latencies(self) -> Tensor:
+        """Measured seconds a request over those of the slowest strategy; (n_strategies,). Not hashed: no two builds agree."""
+        seconds = self.metrics.get("cost_seconds", {})
+        value = torch.tensor([float(seconds.get(name, 0.0)) for name in self.strategies])
+        return value / value.max().clamp(min=1e-12)
+
+    def history_of(self, starts: Tensor) -> Tensor:
+        """Histories of start states; int64 (rows,) -> int64 (rows, H), newest last, -1 on the left."""
+        t = self.tensors
+        length = t["start_length"][starts].to(torch.int64)
+        width = int(length.max()) if len(length) else 0
+        back = torch.arange(width, 0, -1)
+        place = t["user_event_offsets"][t["start_user"][starts]][:, None] + length[:, None] - back[None, :]
+        inside = back[None, :] <= length[:, None]
+        if width == 0:
+            return torch.full((len(starts), 0), -1, dtype=torch.int64)
+        return torch.where(inside, t["user_events"][place.clamp(min=0)].to(torch.int64), -1)
+
+    def top_lists(
+        self, histories: Tensor, length: int, *, exclude: Tensor | None = None, user: Tensor | None = None
+    ) -> Tensor:
+        """Ranks the strategies' lists for live histories.
+
+        Args:
+            histories: int64 (rows, H), newest last, -1 on the left.
+            length: Items in a list.
+            exclude: bool (rows, n_items), items that may not be listed; None = only the history is left out.
+            user: int64 (rows,), whose histories these are; needed where answers are looked up, to leave out unobserved pairs.
+
+        Returns:
+            int64 (rows, K, length), -1 where a list has no more items.
+
+        Raises:
+            WorldError: When the world was built without its strategies at hand.
+        """
+        judge = self.responses["A"]
+        if isinstance(judge, LoggedResponse):
+            if user is None:
+                raise WorldError("a world of logged answers ranks observed items only: hand over `user`")
+            unobserved = ~judge.observed[user.to(judge.device)].to(histories.device)
+            exclude = unobserved if exclude is None else exclude | unobserved
+        return self._ranker(histories.device).top_lists(histories, length, exclude=exclude)
+
+    def _ranker(self, device: torch.device) -> Ranker:
+        if self.ranker is None:
+            if self.folder is None or not (self.folder / "strategies.json").is_file():
+                raise WorldError(
+                    f"the world {self.name!r} has no strategies beside it, so lists cannot be ranked again; load it from the "
+                    "folder that experiments.build_world wrote"
+                )
+            from metarec_gym.recommenders.pool import Pool
+
+            # a frozen dataclass: the cache is set once, and changes nothing that is hashed
+            object.__setattr__(self, "ranker", Pool.load(self.folder))
+        ranker = self.ranker
+        assert ranker is not None
+        move = getattr(ranker, "to", None)
+        return ranker if move is None or getattr(ranker, "device", device) == device else move(device)
 
     @property
     def card(self) -> dict[str, Any]:
@@ -169,15 +268,19 @@ class World:
         partial.mkdir(parents=True)
         # clones: safetensors refuses tensors that share memory, as tables of a synthetic world do
         flat = {f"world.{name}": tensor.clone() for name, tensor in self.tensors.items()}
-        for fold, response in self.responses.items():
-            flat |= {f"response_{fold}.{name}": tensor.cpu().clone() for name, tensor in response.tensors.items()}
+        for judge, response in self.responses.items():
+            flat |= {f"response_{judge}.{name}": tensor.cpu().clone() for name, tensor in response.tensors.items()}
+        orders = getattr(self.ranker, "orders", None)
+        if orders is not None:
+            flat["ranker.orders"] = orders.clone()
         save_file(flat, str(partial / "world.safetensors"))
         header = self._identity() | {
             "hash": self.hash,
-            "feature_names": {fold: response.feature_names for fold, response in self.responses.items()},
+            "feature_names": {judge: response.feature_names for judge, response in self.responses.items()},
             "info": self.info,
         }
         (partial / "world.json").write_text(json.dumps(header, indent=2, sort_keys=True) + "\n")
+        # validity.json speaks of one world only; a page about an older one must not survive it
         for extra in ("items.parquet", "users.parquet", "strategies.safetensors", "strategies.json"):
             if (folder / extra).is_file():
                 shutil.copy2(folder / extra, partial / extra)
@@ -212,15 +315,20 @@ class World:
                 f"{folder} has world schema {header['schema']}, this metarec_gym reads up to {WORLD_SCHEMA}; "
                 "upgrade metarec_gym or build the world again"
             )
+        if header.get("schema", 0) < WORLD_SCHEMA:
+            raise WorldError(
+                f"{folder} has world schema {header.get('schema')}, this metarec_gym reads {WORLD_SCHEMA} (judges with members, "
+                f"sessions and dates); {rebuild}"
+            )
         try:
             flat = load_file(str(folder / "world.safetensors"))
             responses = {
-                fold: FrozenResponse(
-                    {n.split(".", 1)[1]: t for n, t in flat.items() if n.startswith(f"response_{fold}.")},
+                judge: make_judge(
+                    {n.split(".", 1)[1]: t for n, t in flat.items() if n.startswith(f"response_{judge}.")},
                     tuple(header["outcomes"]),
-                    tuple(header["feature_names"][fold]),
+                    tuple(names),
                 )
-                for fold in FOLDS
+                for judge, names in header["feature_names"].items()
             }
             world = cls(
                 name=header["name"],
@@ -233,6 +341,8 @@ class World:
                 tensors={n.split(".", 1)[1]: t for n, t in flat.items() if n.startswith("world.")},
                 responses=responses,
                 info=header["info"],
+                ranker=_fixed_orders(flat),
+                folder=folder,
             )
         except WorldError:
             raise
@@ -259,6 +369,11 @@ class World:
         progress: bool = True,
         replicas: int = 200,
         response_config: ResponseConfig | None = None,
+        members: int = 2,
+        variants: bool = True,
+        response: Literal["model", "logged"] = "model",
+        session_gap_s: float | None = None,
+        workers: int = 1,
     ) -> World:
         """Turns a log into a world: fold S fits the strategies, folds A and B fit one judge each.
 
@@ -274,15 +389,38 @@ class World:
             progress: Shows a line and a bar for each stage.
             replicas: Emitted logs of the posterior predictive check; 0 leaves the check out.
             response_config: How the judges are fitted; None = the defaults.
+            members: Networks in each judge; an episode meets one of them.
+            variants: Also fits a judge of a second family and, for positives-only logs, judges with other samplers of negatives.
+            response: "logged" answers by look-up: for logs in which (nearly) every user met every item.
+            session_gap_s: Longest pause inside a session in seconds, for logs without session ids; None fits it from the times
+                between events.
+            workers: Processes that fit judges side by side; more than 1 needs a script that guards its main part.
 
         Returns:
             The world, saved to `out` when that is given.
 
         Raises:
-            WorldError: When the log is too small to split, or the horizon is longer than the catalogue allows.
+            WorldError: When the log is too small to split, the horizon is longer than the catalogue allows, or answers cannot be
+                looked up because most pairs were never observed.
         """
-        return _Builder(
-            log, seed, pool, starts_per_user, slate_size, horizon, out, progress, replicas, response_config
+        from metarec_gym.world_building import Builder
+
+        return Builder(
+            log=log,
+            seed=seed,
+            pool_names=pool,
+            starts_per_user=starts_per_user,
+            slate_size=slate_size,
+            horizon=horizon,
+            out=out,
+            progress=progress,
+            replicas=replicas,
+            response_config=response_config,
+            members=members,
+            variants=variants,
+            response=response,
+            session_gap_s=session_gap_s,
+            workers=workers,
         ).build()
 
     @classmethod
@@ -297,7 +435,7 @@ class World:
         high: float = 0.5,
         low: float = 0.1,
         history_lengths: tuple[int, ...] = (0, 3, 10, 30),
-        leaving: tuple[float, float] | None = (-6.0, 0.8),
+        leaving: tuple[float, ...] | None = (-6.0, 0.8),
         identical: bool = False,
         seed: int = 0,
     ) -> World:
@@ -316,14 +454,17 @@ class World:
             high: Probability that a user takes an item of the own type.
             low: Probability for the other types.
             history_lengths: History lengths of each user's start states; 0 is a cold user, whose type must be found out.
-            leaving: Logit of leaving after a request: intercept and weight per request since the last click; None = never.
+            leaving: Logit of leaving after a request: intercept, weight per request since the last click, per share of the slate
+                taken, per mean exposure of the slate (missing ones are 0); None = never.
             identical: All strategies serve the list of `mixed`: nothing can be won by selecting.
             seed: Decides the users' histories.
 
         Raises:
             WorldError: When the categories are too small for the horizon.
         """
-        return _synthetic(
+        from metarec_gym.world_synthetic import synthetic_world
+
+        return synthetic_world(
             n_types,
             users_per_type,
             items_per_type,
@@ -395,361 +536,49 @@ def erase_user(folder: str | Path, user_id: str) -> World:
     index = int(users.loc[hit[0], "user_index"])
     keep = world.tensors["start_user"] != index
     tensors = {n: (t[keep] if n.startswith("start_") else t) for n, t in world.tensors.items()}
-    responses = {}
-    for fold, response in world.responses.items():
+    responses: dict[str, AnyJudge] = {}
+    for judge, response in world.responses.items():
         parts = {n: t.clone() for n, t in response.tensors.items()}
-        parts["effect_mean"][index] = 0.0
-        parts["effect_chol"][index] = 0.0
-        responses[fold] = FrozenResponse(parts, response.outcomes, response.feature_names)
+        for name in ("effect_mean", "effect_chol"):
+            if name in parts:
+                parts[name][index] = 0.0
+        if "answers" in parts:
+            parts["answers"][index] = torch.nan
+        responses[judge] = make_judge(parts, response.outcomes, response.feature_names)
+    tensors |= _without_events(tensors, index)
     users = users.drop(index=hit)
     partial = folder / "users.parquet.partial"
     users.to_parquet(partial, index=False)
     os.replace(partial, folder / "users.parquet")
-    erased = World(
-        world.name,
-        world.strategies,
-        world.outcomes,
-        world.horizon,
-        world.slate_size,
-        world.seed,
-        world.reward_scale,
-        tensors,
-        responses,
-        world.info,
-    )
+    erased = replace(world, tensors=tensors, responses=responses)
     erased.save(folder)
     return erased
 
 
-# ------------------------------------------------------------------------------------------------ building
-@dataclass
-class _Builder:
-    log: InteractionLog
-    seed: int
-    pool_names: tuple[str, ...] | None
-    starts_per_user: int
-    slate_size: int
-    horizon: int | None
-    out: str | Path | None
-    progress: bool
-    replicas: int
-    response_config: ResponseConfig | None
-
-    def build(self) -> World:
-        from metarec_gym.data import FOLD_A, FOLD_B, FOLD_S, encode
-
-        dataset = encode(self.log, seed=self.seed)
-        users_s, users_a, users_b = (dataset.users_in(fold) for fold in (FOLD_S, FOLD_A, FOLD_B))
-        if min(len(users_s), len(users_a), len(users_b)) < 10:
-            raise WorldError(
-                f"{self.log.name} has {dataset.n_users} users; at least 30 are needed (10 to fit the strategies, "
-                "10 for each of the two judges)"
-            )
-        horizon = self._sound_horizon(dataset.n_items)
-        length = min(dataset.n_items, horizon * self.slate_size)
-        pool = self._pool(dataset, users_s)
-        responses, judge_metrics = {}, {}
-        for fold, users, others in (("A", users_a, users_b), ("B", users_b, users_a)):
-            responses[fold], judge_metrics[fold] = self._judge(dataset, fold, users, others)
-        self._say("start states and their ranked lists")
-        tensors, gate_rate = self._tables(dataset, pool, responses, users_s, torch.cat([users_a, users_b]), length)
-        engaged = dataset.engaged_counts().to(torch.float64)
-        metrics: dict[str, Any] = {
-            "judges": judge_metrics,
-            "engaged_p90": float(torch.quantile(engaged, 0.9)),
-            "users_by_fold": {"S": len(users_s), "A": len(users_a), "B": len(users_b)},
-            "cost_seconds": {name: cost.seconds for name, cost in pool.costs().items()},
-            "cost_flops": {name: cost.flops for name, cost in pool.costs().items()},
-        }
-        if self.replicas > 0:
-            metrics["predictive_check"] = self._predictive_check(dataset, pool, responses, users_a, users_b)
-        weights = tensors["outcome_weights"]
-        # outcomes after the gate are conditional on it: their rate among engaged rows times the gate's rate
-        taken = dataset.outcome[dataset.outcome[:, 0] > 0]
-        rates = torch.cat([torch.ones(1), taken[:, 1:].mean(dim=0)]) * gate_rate
-        world = World(
-            name=self.log.name,
-            strategies=tuple(pool.names),
-            outcomes=tuple(dataset.outcomes),
-            horizon=horizon,
-            slate_size=self.slate_size,
-            seed=self.seed,
-            # lists are better than chance: three times the utility of an item drawn at random is a typical shown item's
-            reward_scale=round(max(3.0 * float((weights * rates).sum()), 1e-6), 6),
-            tensors=tensors,
-            responses=responses,
-            info={
-                "card": self.log.card,
-                "cleaning": [vars(step) for step in self.log.cleaning],
-                "log_hash": self.log.hash,
-                "metrics": metrics,
-            },
-        )
-        if self.out is not None:
-            self._write(world, dataset, pool)
-        return world
-
-    def _say(self, text: str) -> None:
-        if self.progress:
-            print(f"[world] {text}", flush=True)
-
-    def _sound_horizon(self, n_items: int) -> int:
-        largest = min(MAX_HORIZON, int(MAX_CATALOGUE_SHARE * n_items) // self.slate_size)
-        if largest < 1:
-            raise WorldError(
-                f"{n_items} items are too few for slates of {self.slate_size}: one request would show more than "
-                f"{MAX_CATALOGUE_SHARE:.0%} of the catalogue; use a smaller --slate-size"
-            )
-        if self.horizon is None:
-            return largest
-        if self.horizon * self.slate_size > n_items:
-            raise WorldError(
-                f"horizon {self.horizon} with slates of {self.slate_size} shows more than the {n_items} items; "
-                f"the largest sound horizon is {largest}"
-            )
-        return self.horizon
-
-    @functools.cached_property
-    def _stages(self) -> Path | None:
-        """Folder of finished stages, keyed by everything that decides them."""
-        if self.out is None:
-            return None
-        asked = (self.log.hash, _code_hash(), torch.__version__, repr(self.pool_names), repr(self.response_config))
-        key = stream(self.seed, *asked)
-        folder = Path(f"{self.out}.partial") / f"{key:016x}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def _pool(self, dataset: Dataset, users: Tensor) -> Pool:
-        from metarec_gym.recommenders.pool import DEFAULT_POOL, Pool
-
-        done = self._stages / "pool" if self._stages else None
-        if done is not None and done.is_dir():
-            self._say("strategies: found")
-            return Pool.load(done)
-        names = self.pool_names or DEFAULT_POOL
-        self._say(f"fitting {len(names)} strategies on {len(users)} users of fold S")
-        pool = Pool.fit(dataset, users, seed=self.seed, names=names, progress=self.progress)
-        if done is not None:
-            writing = done.with_name("pool.writing")
-            shutil.rmtree(writing, ignore_errors=True)
-            pool.save(writing)
-            os.replace(writing, done)
-        return pool
-
-    def _judge(
-        self, dataset: Dataset, fold: str, users: Tensor, others: Tensor
-    ) -> tuple[FrozenResponse, dict[str, Any]]:
-        from metarec_gym.response.fitting import fit_response
-
-        done = self._stages / f"judge_{fold}" if self._stages else None
-        if done is not None and done.with_suffix(".json").is_file():
-            self._say(f"judge {fold}: found")
-            header = json.loads(done.with_suffix(".json").read_text())
-            tensors = load_file(str(done.with_suffix(".safetensors")))
-            response = FrozenResponse(tensors, tuple(header["outcomes"]), tuple(header["feature_names"]))
-            return response, header["metrics"]
-        self._say(f"fitting judge {fold} on {len(users)} users")
-        response, metrics = fit_response(
-            dataset,
-            users,
-            seed=stream(self.seed, "judge", fold),
-            config=self.response_config,
-            heldout_users=others,
-            progress=self.progress,
-        )
-        if done is not None:
-            save_file(response.tensors, str(done.with_suffix(".safetensors")))
-            header = {"outcomes": response.outcomes, "feature_names": response.feature_names, "metrics": metrics}
-            # the JSON is written last: its presence says that the stage is complete
-            _write_text(done.with_suffix(".json"), json.dumps(header))
-        return response, metrics
-
-    def _tables(
-        self,
-        dataset: Dataset,
-        pool: Pool,
-        responses: dict[str, FrozenResponse],
-        users_s: Tensor,
-        users: Tensor,
-        length: int,
-    ) -> tuple[dict[str, Tensor], float]:
-        from metarec_gym.data import FOLD_B
-
-        starts_user = users.repeat_interleave(self.starts_per_user)
-        counts = dataset.engaged_counts()
-        lengths = _start_lengths(counts[users], self.starts_per_user, self.seed)
-        fold = (dataset.fold[starts_user] == FOLD_B).to(torch.int8)
-        popularity = _popularity_percentile(dataset, users_s)
-        category = dataset.item_category / dataset.item_category.sum(dim=1, keepdim=True).clamp(min=1.0)
-        taste = _taste_table(dataset, users_s, self.seed)
-        parts: dict[str, list[Tensor]] = {n: [] for n in _TENSORS if n.startswith("start_")}
-        bar = _bar(len(starts_user), "ranking lists", self.progress)
-        for lo in range(0, len(starts_user), 256):
-            rows = slice(lo, min(lo + 256, len(starts_user)))
-            histories = dataset.histories(starts_user[rows], lengths[rows])
-            seen = histories.clamp(min=0)
-            valid = (histories >= 0).to(torch.float32)
-            lists = pool.top_lists(histories, length).to(torch.int32)
-            states = torch.zeros(len(lists), responses["A"].state_dim)
-            for index, name in enumerate(FOLDS):
-                mine = fold[rows] == index
-                if bool(mine.any()):
-                    states[mine] = responses[name].start(histories[mine])
-            taste_sum = (taste[seen] * valid[..., None]).sum(dim=1)
-            parts["start_lists"].append(lists)
-            parts["start_state"].append(states)
-            parts["start_taste"].append(taste_sum)
-            parts["start_category"].append((category[seen] * valid[..., None]).sum(dim=1))
-            parts["start_popularity"].append((popularity[seen] * valid).sum(dim=1))
-            parts["start_list_stats"].append(_list_stats(lists, popularity, taste, taste_sum))
-            bar.update(len(lists))
-        bar.close()
-        tensors = {name: torch.cat(chunks) for name, chunks in parts.items() if chunks}
-        tensors |= {
-            "outcome_weights": torch.tensor(dataset.outcome_weights, dtype=torch.float32),
-            "costs": _relative_costs([pool.costs()[name].flops for name in pool.names]),
-            "item_taste": taste,
-            "item_popularity": popularity,
-            "item_category": category,
-            "start_user": starts_user,
-            "start_fold": fold,
-            "start_length": lengths,
-            "start_gap": _gaps(dataset, starts_user, lengths),
-        }
-        if dataset.has_impressions:
-            gate_rate = float(dataset.outcome[dataset.rows_of(users_s), 0].mean())
-        else:
-            gate_rate = float(counts[users_s].to(torch.float64).mean()) / dataset.n_items
-        return tensors, gate_rate
-
-    def _predictive_check(
-        self,
-        dataset: Dataset,
-        pool: Pool,
-        responses: dict[str, FrozenResponse],
-        users_a: Tensor,
-        users_b: Tensor,
-    ) -> dict[str, Any]:
-        from metarec_gym.response.predictive_check import check_world
-
-        done = self._stages / f"predictive_check_{self.replicas}.json" if self._stages else None
-        if done is not None and done.is_file():
-            return dict(json.loads(done.read_text()))
-        self._say(f"posterior predictive check with {self.replicas} emitted logs")
-        check = functools.partial(
-            check_world,
-            dataset,
-            {"A": (responses["A"], users_a), "B": (responses["B"], users_b)},
-            pool.top_lists,
-            tuple(pool.names),
-            seed=self.seed,
-            progress=self.progress,
-        )
-        result: dict[str, Any] = check(replicas=self.replicas)
-        # a log in which similar items are met in a row looks predictable between odd and even events; halves one after the
-        # other say how much of that lasts
-        result["consecutive_halves"] = check(replicas=max(self.replicas // 4, 2), halves="consecutive")
-        if done is not None:
-            _write_text(done, json.dumps(result))
-        return result
-
-    def _write(self, world: World, dataset: Dataset, pool: Pool) -> None:
-        import pandas as pd
-
-        assert self.out is not None
-        folder = Path(self.out)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        world.save(folder)
-        pool.save(folder)
-        names = {0: "S", 1: "A", 2: "B"}
-        users = {
-            "user_index": range(dataset.n_users),
-            "user_id": dataset.user_ids,
-            "fold": [names[int(f)] for f in dataset.fold],
-        }
-        items = {"item_index": range(dataset.n_items), "item_id": dataset.item_ids, "text": list(dataset.item_text)}
-        for file, table in (("users.parquet", users), ("items.parquet", items)):
-            pd.DataFrame(table).to_parquet(folder / (file + ".partial"), index=False)
-            os.replace(folder / (file + ".partial"), folder / file)
-        shutil.rmtree(f"{self.out}.partial", ignore_errors=True)
+def _without_events(tensors: dict[str, Tensor], user: int) -> dict[str, Tensor]:
+    """The event tables without one user's events."""
+    offsets = tensors["user_event_offsets"].clone()
+    lo, hi = int(offsets[user]), int(offsets[user + 1])
+    events = torch.cat([tensors["user_events"][:lo], tensors["user_events"][hi:]])
+    offsets[user + 1 :] -= hi - lo
+    return {"user_events": events, "user_event_offsets": offsets}
 
 
-def _code_hash() -> str:
-    """Hash of the code that fits: a stage kept by other code is not taken for finished."""
-    digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for room in ("data", "recommenders", "response"):
-        for file in sorted((here / room).glob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+def _fixed_orders(flat: dict[str, Tensor]) -> Ranker | None:
+    """The ranker of a synthetic world, which is small enough to be kept in the file; None for a built world."""
+    if "ranker.orders" not in flat:
+        return None
+    from metarec_gym.world_synthetic import FixedOrders
+
+    return FixedOrders(flat["ranker.orders"], int(flat["world.item_popularity"].shape[0]))
 
 
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+def start_tables() -> tuple[str, ...]:
+    """Names of the tables with one row a start state."""
+    return tuple(name for name in _TENSORS if name.startswith("start_"))
 
 
-def _bar(total: int, title: str, show: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=title, disable=not show, unit="start")
-
-
-def _start_lengths(counts: Tensor, per_user: int, seed: int) -> Tensor:
-    """History lengths of the start states: 0, then log-uniform in [1, count - 1], ascending for each user; int64."""
-    import numpy as np
-
-    rng = numpy_rng(seed, "start lengths")
-    n = counts.numpy()[:, None]
-    longest = np.maximum(n - 1, 1)
-    drawn = np.floor(np.exp(rng.random((len(n), per_user - 1)) * np.log(longest + 1.0)))
-    drawn = np.minimum(np.sort(drawn, axis=1), np.minimum(longest, n))
-    return torch.from_numpy(np.concatenate([np.zeros_like(n), drawn.astype(np.int64)], axis=1)).flatten()
-
-
-def _popularity_percentile(dataset: Dataset, users: Tensor) -> Tensor:
-    rows = dataset.rows_of(users)
-    engaged = dataset.outcome[rows, 0] > 0
-    counts = torch.bincount(dataset.item[rows][engaged], minlength=dataset.n_items)
-    # share of items that are less popular plus half of the ties: equal counts get equal percentiles
-    ordered = counts.sort().values
-    low = torch.searchsorted(ordered, counts, right=False)
-    high = torch.searchsorted(ordered, counts, right=True)
-    return ((low + high).to(torch.float32) / (2.0 * dataset.n_items)).contiguous()
-
-
-def _taste_table(dataset: Dataset, users: Tensor, seed: int, dim: int = 8) -> Tensor:
-    """Item vectors of the taste summary: truncated SVD of fold S's user-item matrix, rows of length <= 1."""
-    import numpy as np
-    import scipy.sparse as sp
-    from scipy.sparse.linalg import svds
-
-    rows = dataset.rows_of(users)
-    rows = rows[dataset.outcome[rows, 0] > 0]
-    shape = (dataset.n_users, dataset.n_items)
-    matrix = sp.csr_matrix((np.ones(len(rows)), (dataset.user[rows].numpy(), dataset.item[rows].numpy())), shape=shape)[
-        users.numpy()
-    ]
-    degree_user = np.sqrt(np.maximum(np.asarray(matrix.sum(axis=1)), 1.0))
-    degree_item = np.sqrt(np.maximum(np.asarray(matrix.sum(axis=0)), 1.0))
-    matrix = sp.csr_matrix(sp.diags(1.0 / degree_user[:, 0]) @ matrix @ sp.diags(1.0 / degree_item[0]))
-    k = min(dim, min(matrix.shape) - 2)
-    start = numpy_rng(seed, "taste").standard_normal(min(matrix.shape))
-    _, values, vt = svds(matrix, k=k, v0=start)
-    # svds fixes neither order nor signs: largest value first, largest entry positive
-    vectors = vt[np.argsort(-values)].T
-    signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(k)])
-    vectors = vectors * np.where(signs == 0, 1.0, signs)
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    vectors = np.where(norms > 1e-8, vectors / np.maximum(norms, 1e-8), 0.0)
-    table = np.zeros((dataset.n_items, dim), dtype=np.float32)
-    table[:, :k] = vectors
-    return torch.from_numpy(table)
-
-
-def _list_stats(lists: Tensor, popularity: Tensor, taste: Tensor, taste_sum: Tensor) -> Tensor:
+def list_stats(lists: Tensor, popularity: Tensor, taste: Tensor, taste_sum: Tensor) -> Tensor:
     """Mean popularity, agreement with the other strategies and similarity to the taste; -> (rows, K, 3) in [-1, 1]."""
     head = lists[:, :, :LIST_HEAD].to(torch.int64)
     valid = (head >= 0).to(torch.float32)
@@ -759,133 +588,12 @@ def _list_stats(lists: Tensor, popularity: Tensor, taste: Tensor, taste_sum: Ten
     closeness = (taste[safe] * direction[:, None, None, :]).sum(dim=-1)
     similarity = (closeness * valid).sum(dim=2) / size
     strategies = head.shape[1]
-    shared = torch.zeros(head.shape[:2])
-    for other in range(strategies):
-        same = (head[:, :, :, None] == head[:, None, other, None, :]) & (head >= 0)[..., None]
-        shared += same.any(dim=-1).to(torch.float32).sum(dim=2) / size
+    column = torch.where(head < 0, len(popularity), head)
+    listed = torch.zeros(head.shape[0], len(popularity) + 1, device=lists.device)
+    for k in range(strategies):
+        listed.scatter_add_(1, column[:, k], valid[:, k])
+    # in how many lists each item stands, its own included
+    shared = (listed.gather(1, column.flatten(1)).view(head.shape) * valid).sum(dim=2) / size
     # a list agrees fully with itself; that is no news
     agreement = (shared - 1.0) / max(strategies - 1, 1)
     return torch.stack([mean_popularity, agreement.clamp(0.0, 1.0), similarity], dim=2)
-
-
-def _gaps(dataset: Dataset, users: Tensor, lengths: Tensor) -> Tensor:
-    """log(1 + days) between the last two events of each history, a year = 1; 0 for fewer than two events."""
-    engaged_rows = torch.nonzero(dataset.outcome[:, 0] > 0)[:, 0]
-    counts = dataset.engaged_counts()
-    first = torch.cumsum(counts, 0) - counts
-    last = (first[users] + lengths - 1).clamp(min=0)
-    before = (last - 1).clamp(min=0)
-    days = (dataset.time[engaged_rows[last]] - dataset.time[engaged_rows[before]]).clamp(min=0.0) / 86400.0
-    value = torch.log1p(days) / torch.log1p(torch.tensor(365.0, dtype=torch.float64))
-    return torch.where(lengths >= 2, value.clamp(max=1.0), 0.0).to(torch.float32)
-
-
-def _relative_costs(flops: list[float]) -> Tensor:
-    cost = torch.tensor(flops, dtype=torch.float64)
-    return (cost / cost.max().clamp(min=1e-12)).to(torch.float32)
-
-
-# ------------------------------------------------------------------------------------------------ synthetic
-def _synthetic(
-    n_types: int,
-    users_per_type: int,
-    items_per_type: int,
-    horizon: int,
-    slate_size: int,
-    probability: tuple[float, float],
-    history_lengths: tuple[int, ...],
-    leaving: tuple[float, float] | None,
-    identical: bool,
-    seed: int,
-) -> World:
-    length = horizon * slate_size
-    if items_per_type < length + max(history_lengths):
-        raise WorldError(
-            f"items_per_type={items_per_type} is too small: {horizon} requests of {slate_size} items and a history of "
-            f"{max(history_lengths)} need at least {length + max(history_lengths)}"
-        )
-    high, low = (torch.logit(torch.tensor(p, dtype=torch.float64)).item() for p in probability)
-    n_items, n_users, dim, taste_dim = n_types * items_per_type, 2 * n_types * users_per_type, 4, max(8, n_types)
-    item_type = torch.arange(n_items) % n_types
-    user_type = torch.arange(n_users) % n_types
-    user_fold = torch.arange(n_users) // (n_types * users_per_type)
-    one_hot = torch.nn.functional.one_hot(item_type, n_types).to(torch.float32)
-    features = n_types + 2
-    effect_mean = torch.full((n_users, 1, features), float(low))
-    effect_mean[torch.arange(n_users), 0, user_type] = float(high)
-    effect_mean[:, :, n_types:] = 0.0
-    response = FrozenResponse(
-        {
-            "item_input": torch.zeros(n_items, dim),
-            "decays": torch.tensor([0.5]),
-            "hidden_weight": torch.zeros(4, 2 * dim + 1),
-            "hidden_bias": torch.zeros(4),
-            "tower_weight": torch.zeros(2, 4),
-            "tower_bias": torch.zeros(2),
-            "item_output": torch.zeros(n_items, 1, 2),
-            "item_bias": torch.zeros(n_items, 1),
-            "calibration": torch.tensor([[1.0, 0.0]]),
-            "static_features": one_hot,
-            "dynamic_scale": torch.zeros(2),
-            "effect_mean": effect_mean,
-            "effect_chol": torch.zeros(n_users, 1, features, features),
-            "pair_sd": torch.zeros(1),
-            "position_logit": torch.zeros(64),
-            "leaving": torch.tensor(leaving if leaving is not None else (-torch.inf, 0.0)),
-        },
-        ("click",),
-        (*(f"category_{g}" for g in range(n_types)), "cooccurrence_recent", "cooccurrence_history"),
-    )
-    per_user = len(history_lengths)
-    start_user = torch.arange(n_users).repeat_interleave(per_user)
-    start_length = torch.tensor(history_lengths).repeat(n_users)
-    # category g's items in a fixed order; a history is a seeded sample of the user's own category
-    members = torch.stack([torch.nonzero(item_type == g)[:, 0] for g in range(n_types)])
-    rng = numpy_rng(seed, "synthetic histories")
-    strategies = (*(f"specialist_{g}" for g in range(n_types)), "mixed")
-    orders = [*members, torch.arange(n_items)]
-    lists = torch.full((len(start_user), len(strategies), length), -1, dtype=torch.int32)
-    popularity = torch.full((n_items,), 0.5)
-    taste = torch.zeros(n_items, taste_dim)
-    taste[:, :n_types] = one_hot
-    histories: list[Tensor] = []
-    for row, (user, size) in enumerate(zip(start_user.tolist(), start_length.tolist(), strict=True)):
-        own = members[int(user_type[user])]
-        history = own[torch.from_numpy(rng.permutation(len(own))[:size])]
-        histories.append(history)
-        for k, order in enumerate(orders):
-            ranked = orders[-1] if identical else order
-            unseen = ranked[~torch.isin(ranked, history)]
-            lists[row, k] = unseen[:length].to(torch.int32)
-    taste_sum = torch.stack([taste[h].sum(dim=0) for h in histories])
-    return World(
-        name="synthetic_null" if identical else "synthetic",
-        strategies=strategies,
-        outcomes=("click",),
-        horizon=horizon,
-        slate_size=slate_size,
-        seed=seed,
-        reward_scale=round((probability[0] + (n_types - 1) * probability[1]) / n_types, 6),
-        tensors={
-            "outcome_weights": torch.ones(1),
-            "costs": torch.linspace(0.2, 1.0, len(strategies)),
-            "item_taste": taste,
-            "item_popularity": popularity,
-            "item_category": one_hot,
-            "start_user": start_user,
-            "start_fold": user_fold[start_user].to(torch.int8),
-            "start_length": start_length,
-            "start_lists": lists,
-            "start_state": torch.zeros(len(start_user), response.state_dim),
-            "start_taste": taste_sum,
-            "start_category": torch.stack([one_hot[h].sum(dim=0) for h in histories]),
-            "start_popularity": start_length * 0.5,
-            "start_gap": torch.zeros(len(start_user)),
-            "start_list_stats": _list_stats(lists, popularity, taste, taste_sum),
-        },
-        responses={"A": response, "B": response},
-        info={
-            "card": {"source": "synthetic, by construction", "licence": "Apache-2.0"},
-            "metrics": {"users_by_fold": {"A": n_users // 2, "B": n_users // 2}},
-        },
-    )

@@ -7,6 +7,7 @@ from metarec_gym.response.calibration import (
     Spread,
     calibration_slope,
     expected_calibration_error,
+    fit_pair_sd,
     fit_scale_and_shift,
     log_loss,
     logistic_fit,
@@ -71,6 +72,31 @@ def test_the_average_over_effects_is_that_of_a_million_draws():
     assert float(spread.sd) == pytest.approx(math.sqrt(2.6), abs=1e-5)
     drawn = torch.sigmoid(-1.0 + math.sqrt(2.6) * torch.randn(1_000_000, generator=generator)).mean()
     assert float(marginal(torch.tensor([-1.0]), spread)) == pytest.approx(float(drawn), abs=1e-3)
+
+
+def test_what_rows_of_a_pair_share_is_recovered_and_unflattens_the_rest():
+    generator = torch_generator(4, "pair")
+    pair = torch.arange(2_000).repeat_interleave(4)
+    known = torch.randn(8_000, generator=generator)
+    eps = 1.2 * torch.randn(2_000, generator=generator)
+    target = (torch.rand(8_000, generator=generator) < torch.sigmoid(known + eps[pair])).float()
+    sd, gain, growth = fit_pair_sd(known, target, pair)
+    assert sd == pytest.approx(1.2, abs=0.12)
+    assert gain > 100
+    # eps averaged out flattens logits by about 1 / sqrt(1 + .346 * 1.2 ** 2) = .82
+    assert growth == pytest.approx(1 / 0.82, abs=0.06)
+    shuffled = target[torch.randperm(8_000, generator=generator)]
+    none, gain, _ = fit_pair_sd(torch.zeros(8_000), shuffled, pair)
+    assert none < 0.2
+    assert gain < 2.0
+
+
+def test_a_known_part_of_the_logit_is_not_estimated_again():
+    # two rows of either answer at offset 1: the rest is -1
+    target, offset = torch.tensor([1.0, 0.0]), torch.ones(2)
+    assert logistic_fit(torch.ones(2, 1), target, torch.ones(2), offset=offset).tolist() == pytest.approx(
+        [-1.0], abs=1e-4
+    )
 
 
 def test_the_shift_gives_the_rate_that_was_asked_for():

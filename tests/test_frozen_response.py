@@ -3,12 +3,26 @@ import math
 import pytest
 import torch
 
-from metarec_gym.response.frozen import FrozenResponse, joint_probs, logistic, pad_rows
+from metarec_gym.response.frozen import (
+    FrozenResponse,
+    LoggedResponse,
+    item_exposure,
+    joint_probs,
+    logistic,
+    make_judge,
+    next_exposure,
+    pad_rows,
+    untimed,
+)
+
+NAMES = ("popularity", "age", "trend", "cooccurrence_recent", "cooccurrence_history")
 
 
-def make_response(*, n_items=6, dim=3, decays=(0.5, 0.9), outcomes=("watch", "like"), n_users=4, seed=0, **override):
+def make_response(
+    *, n_items=6, dim=3, decays=(0.5, 0.9), outcomes=("watch", "like"), n_users=4, members=1, seed=0, **override
+):
     generator = torch.Generator().manual_seed(seed)
-    n_outcomes, features, rank, hidden = len(outcomes), 4, 2, 5
+    n_outcomes, features, rank, hidden = len(outcomes), len(NAMES), 2, 5
     state_dim = (len(decays) + 1) * dim + 1
 
     def normal(*shape):
@@ -17,22 +31,23 @@ def make_response(*, n_items=6, dim=3, decays=(0.5, 0.9), outcomes=("watch", "li
     tensors = {
         "item_input": normal(n_items, dim),
         "decays": torch.tensor(decays),
-        "hidden_weight": normal(hidden, state_dim),
-        "hidden_bias": normal(hidden),
-        "tower_weight": normal(n_outcomes * rank, hidden),
-        "tower_bias": normal(n_outcomes * rank),
-        "item_output": normal(n_items, n_outcomes, rank),
-        "item_bias": normal(n_items, n_outcomes),
-        "calibration": torch.tensor([[1.1, -0.2]] * n_outcomes),
-        "static_features": normal(n_items, features - 2),
+        "hidden_weight": normal(members, hidden, state_dim),
+        "hidden_bias": normal(members, hidden),
+        "tower_weight": normal(members, n_outcomes * rank, hidden),
+        "tower_bias": normal(members, n_outcomes * rank),
+        "item_output": normal(members, n_items, n_outcomes, rank),
+        "item_bias": normal(members, n_items, n_outcomes),
+        "calibration": torch.tensor([1.1, -0.2])
+        + 0.1 * torch.arange(members)[:, None, None] * torch.ones(n_outcomes, 1),
+        "static_features": normal(n_items, 2),
+        "trend": torch.cat([torch.zeros(1, n_items), normal(2, n_items)]),
         "dynamic_scale": torch.tensor([2.0, 3.0]),
         "effect_mean": normal(n_users, n_outcomes, features),
         "effect_chol": torch.eye(features).expand(n_users, n_outcomes, -1, -1) * 0.3,
         "pair_sd": torch.zeros(n_outcomes),
-        "position_logit": torch.zeros(8),
-        "leaving": torch.tensor([-torch.inf, 0.0]),
+        **untimed(8),
     } | override
-    return FrozenResponse(tensors, outcomes, ("popularity", "age", "cooccurrence_recent", "cooccurrence_history"))
+    return FrozenResponse(tensors, outcomes, NAMES)
 
 
 def test_the_recurrence_is_an_exponential_average_of_item_vectors():
@@ -66,22 +81,46 @@ def test_left_padding_changes_no_state():
     assert torch.allclose(response.start(short), response.start(padded), atol=1e-7)
 
 
-def test_the_probability_is_the_formula_of_the_docstring():
-    response = make_response(seed=3)
+@pytest.mark.parametrize("member", [0, 1])
+@pytest.mark.parametrize("period", [0, 2])
+def test_the_probability_is_the_formula_of_the_docstring(member, period):
+    response = make_response(seed=3, members=2)
     t = response.tensors
     state, item = response.start(torch.tensor([[0, 3, 2]])), 4
     effects = response.effects(0)[1:2]
     inputs = response.inputs(state)[0]
-    hidden = torch.relu(t["hidden_weight"] @ inputs + t["hidden_bias"])
-    tower = (t["tower_weight"] @ hidden + t["tower_bias"]).view(2, 2)
+    hidden = torch.relu(t["hidden_weight"][member] @ inputs + t["hidden_bias"][member])
+    tower = (t["tower_weight"][member] @ hidden + t["tower_bias"][member]).view(2, 2)
     recent, whole = t["item_input"][item] @ inputs[:3], t["item_input"][item] @ inputs[6:9]
-    phi = torch.cat([t["static_features"][item], torch.stack([recent * 2.0, whole * 3.0])])
-    got = response.conditional_probs(state, effects, torch.tensor([[item]]))[0, 0]
+    dynamic = torch.stack([t["trend"][period, item], recent * 2.0, whole * 3.0])
+    phi = torch.cat([t["static_features"][item], dynamic])
+    rows, items = torch.tensor([member]), torch.tensor([[item]])
+    got = response.conditional_probs(state, effects, items, member=rows, period=torch.tensor([period]))[0, 0]
     for outcome in range(2):
-        logit = tower[outcome] @ t["item_output"][item, outcome] + t["item_bias"][item, outcome]
-        logit = (logit + phi @ effects[0, outcome]) * 1.1 - 0.2
+        logit = tower[outcome] @ t["item_output"][member, item, outcome] + t["item_bias"][member, item, outcome]
+        logit = (logit + phi @ effects[0, outcome]) * (1.1 + 0.1 * member) - 0.2 + 0.1 * member
         assert float(got[outcome]) == pytest.approx(1.0 / (1.0 + math.exp(-float(logit))), abs=1e-6)
-    assert torch.allclose(response.features(response.inputs(state), torch.tensor([[item]]))[0, 0], phi, atol=1e-6)
+    features = response.features(response.inputs(state), items, torch.tensor([period]))
+    assert torch.allclose(features[0, 0], phi, atol=1e-6)
+
+
+def test_a_row_has_the_same_bits_whatever_members_the_other_rows_have():
+    response = make_response(members=3)
+    state, effects = response.start(torch.tensor([[1, 2]] * 16)), response.effects(0)[:1].expand(16, -1, -1)
+    items = torch.tensor([[3, 4]]).expand(16, -1)
+    mixed = torch.arange(16) % 3
+    of_all = [response.conditional_probs(state, effects, items, member=torch.full((16,), m)) for m in range(3)]
+    got = response.conditional_probs(state, effects, items, member=mixed)
+    assert torch.equal(got, torch.stack([of_all[int(m)][row] for row, m in enumerate(mixed)]))
+    assert not torch.equal(of_all[0], of_all[1])
+
+
+def test_a_gate_shift_moves_the_gate_and_nothing_that_follows_it():
+    response = make_response()
+    state, effects, items = response.start(torch.tensor([[1]])), response.effects(0)[:1], torch.tensor([[3, 4]])
+    plain = torch.logit(response.conditional_probs(state, effects, items))
+    moved = torch.logit(response.conditional_probs(state, effects, items, gate_shift=torch.tensor([[0.5, -2.0]])))
+    assert torch.allclose(moved - plain, torch.tensor([[[0.5, 0.0], [-2.0, 0.0]]]), atol=1e-5)
 
 
 def test_the_same_item_gets_the_same_probability_in_any_slate():
@@ -121,9 +160,72 @@ def test_users_never_leave_a_world_that_cannot_identify_leaving():
     assert make_response().leave_prob(torch.tensor([0.0, 50.0])).tolist() == [0.0, 0.0]
 
 
-def test_leaving_follows_unrewarded_requests():
-    response = make_response(leaving=torch.tensor([-2.0, 0.5]))
-    assert torch.allclose(response.leave_prob(torch.tensor([4.0])), logistic(torch.tensor([0.0])))
+def test_leaving_follows_boredom_quality_and_repetition():
+    response = make_response(leaving=torch.tensor([-2.0, 0.5, -3.0, 0.25]))
+    one = torch.ones(1)
+    # -2 + 0.5 * 4 = 0
+    assert torch.allclose(response.leave_prob(4.0 * one), logistic(torch.tensor([0.0])))
+    # -2 + 0.5 * 1 - 3 * 0.2 + 0.25 * 2 = -1.6
+    assert torch.allclose(response.leave_prob(one, 0.2 * one, 2.0 * one), logistic(torch.tensor([-1.6])))
+
+
+def test_return_hazards_move_with_their_covariates_in_every_bin():
+    timing = {
+        "return_edges": torch.tensor([0.5, 24.0, 168.0]),
+        "return_baseline": torch.tensor([-1.0, 0.0]),
+        "return_weight": torch.tensor([0.5, 0.0, 0.0, -1.0]),
+    }
+    response = make_response(**timing)
+    assert response.has_return
+    assert not make_response().has_return
+    hazards = response.return_hazards(torch.tensor([[2.0, 9.0, 9.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))
+    # weights: 0.5 * 2 = 1, and -1
+    assert torch.allclose(hazards, logistic(torch.tensor([[0.0, 1.0], [-2.0, -1.0]])))
+
+
+def test_exposure_fades_and_gains_the_mean_category_of_the_slate():
+    categories = torch.tensor([[[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]])
+    valid = torch.tensor([[True, True, False]])
+    exposure = torch.tensor([[1.0, 0.0]])
+    # what an item of category 0 and one of both meet now
+    assert item_exposure(exposure, categories).tolist() == [[1.0, 0.5, 0.0]]
+    # 0.8 * [1, 0] + mean of [1, 0] and [.5, .5]
+    assert torch.allclose(next_exposure(exposure, categories, valid), torch.tensor([[1.55, 0.25]]))
+
+
+def logged(**override):
+    # user 0 took item 0 and liked it, refused item 1, never met item 2
+    answers = torch.tensor([[[1.0, 1.0], [0.0, 0.0], [torch.nan, torch.nan]], [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]])
+    return LoggedResponse({"answers": answers, **untimed(), **override}, ("watch", "like"))
+
+
+def test_logged_answers_are_looked_up():
+    judge = logged()
+    assert judge.observed.tolist() == [[True, True, False], [True, True, True]]
+    users, items = torch.tensor([0, 1]), torch.tensor([[0, 1], [2, 1]])
+    got = judge.conditional_probs(judge.start(items), judge.effects(0)[users], items, user=users)
+    assert got.tolist() == [[[1.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]]
+
+
+def test_a_pair_that_the_log_never_saw_is_refused():
+    judge, items = logged(), torch.tensor([[2]])
+    with pytest.raises(ValueError, match="user 0 was never observed with item 2"):
+        judge.conditional_probs(judge.start(items), judge.effects(0)[:1], items, user=torch.tensor([0]))
+
+
+def test_a_setting_that_would_change_logged_answers_is_refused():
+    judge, items = logged(), torch.tensor([[0]])
+    with pytest.raises(ValueError, match="would change answers that were logged"):
+        judge.conditional_probs(
+            judge.start(items), judge.effects(0)[:1], items, user=torch.tensor([0]), gate_shift=torch.zeros(1, 1)
+        )
+
+
+def test_the_tensors_say_which_kind_of_judge_they_are():
+    assert isinstance(make_judge(logged().tensors, ("watch", "like"), ()), LoggedResponse)
+    model = make_response()
+    assert isinstance(make_judge(model.tensors, model.outcomes, model.feature_names), FrozenResponse)
+    assert make_judge(model.tensors, model.outcomes, model.feature_names).hash == model.hash
 
 
 def test_the_hash_follows_the_content():
@@ -132,10 +234,10 @@ def test_the_hash_follows_the_content():
 
 
 def test_a_wrong_shape_is_named():
-    with pytest.raises(ValueError, match=r"item_bias has shape \(5, 2\), expected \(6, 2\)"):
-        make_response(item_bias=torch.zeros(5, 2))
+    with pytest.raises(ValueError, match=r"item_bias has shape \(1, 5, 2\), expected \(1, 6, 2\)"):
+        make_response(item_bias=torch.zeros(1, 5, 2))
 
 
 def test_values_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="item_bias has values that are not finite"):
-        make_response(item_bias=torch.full((6, 2), torch.nan))
+        make_response(item_bias=torch.full((1, 6, 2), torch.nan))

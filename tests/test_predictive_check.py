@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from metarec_gym.data import Dataset, encode, synthetic_log
-from metarec_gym.response.frozen import FrozenResponse
+from metarec_gym.response.frozen import DYNAMIC_FEATURES, FrozenResponse, untimed
 from metarec_gym.response.predictive_check import (
     check_world,
     draw_without_replacement,
@@ -20,34 +20,40 @@ N_USERS, N_ITEMS, PREFIX, EVENTS = 90, 60, 3, 12
 SETTINGS = {"prefix": PREFIX, "events": EVENTS, "list_length": 15, "replicas": 60, "refresh": 4}
 
 
-def judge(taste_sd: float) -> FrozenResponse:
-    """A judge whose users differ in one thing: how much they like the first half of the items; sd of that taste given."""
+def judge(taste_sd: float, *, members: int = 1) -> FrozenResponse:
+    """A judge whose users differ in one thing: how much they like the first half of the items; sd of that taste given.
+
+    Items rise and fall over three periods; members have tables of their own.
+    """
     generator = torch_generator(0, "judge")
     d, rank, hidden, n_static = 4, 2, 3, 2
     static = torch.ones(N_ITEMS, n_static)
     static[:, 1] = torch.where(torch.arange(N_ITEMS) < N_ITEMS // 2, 1.0, -1.0)
-    factor = torch.zeros(N_USERS, 2, n_static + 2, n_static + 2)
+    mean = torch.zeros(N_USERS, 2, n_static + 3)
+    mean[:, 0, n_static] = 0.5
+    factor = torch.zeros(N_USERS, 2, n_static + 3, n_static + 3)
     factor[:, 0, 1, 1] = taste_sd
+    trend = torch.randn(3, N_ITEMS, generator=generator)
+    trend[0] = 0.0
     tensors = {
         "item_input": torch.randn(N_ITEMS, d, generator=generator) * 0.5,
         "decays": torch.tensor([0.5, 0.9]),
-        "hidden_weight": torch.randn(hidden, 3 * d + 1, generator=generator) * 0.3,
-        "hidden_bias": torch.zeros(hidden),
-        "tower_weight": torch.randn(2 * rank, hidden, generator=generator) * 0.3,
-        "tower_bias": torch.zeros(2 * rank),
-        "item_output": torch.randn(N_ITEMS, 2, rank, generator=generator) * 0.5,
-        "item_bias": torch.randn(N_ITEMS, 2, generator=generator) * 0.7,
-        "calibration": torch.tensor([[0.8, -2.0], [1.0, 0.0]]),
+        "hidden_weight": torch.randn(members, hidden, 3 * d + 1, generator=generator) * 0.3,
+        "hidden_bias": torch.zeros(members, hidden),
+        "tower_weight": torch.randn(members, 2 * rank, hidden, generator=generator) * 0.3,
+        "tower_bias": torch.zeros(members, 2 * rank),
+        "item_output": torch.randn(members, N_ITEMS, 2, rank, generator=generator) * 0.5,
+        "item_bias": torch.randn(members, N_ITEMS, 2, generator=generator) * 0.7,
+        "calibration": torch.tensor([[0.8, -2.0], [1.0, 0.0]]).expand(members, -1, -1),
         "static_features": static,
+        "trend": trend,
         "dynamic_scale": torch.tensor([0.5, 0.5]),
-        "effect_mean": torch.zeros(N_USERS, 2, n_static + 2),
+        "effect_mean": mean,
         "effect_chol": factor,
         "pair_sd": torch.zeros(2),
-        "position_logit": torch.zeros(8),
-        "leaving": torch.tensor([float("-inf"), 0.0]),
+        **untimed(8),
     }
-    names = ("intercept", "half", "cooccurrence_recent", "cooccurrence_history")
-    return FrozenResponse(tensors, ("watch", "like"), names)
+    return FrozenResponse(tensors, ("watch", "like"), ("intercept", "half", *DYNAMIC_FEATURES))
 
 
 def log_of(response: FrozenResponse, seed: int) -> Dataset:
@@ -64,7 +70,8 @@ def log_of(response: FrozenResponse, seed: int) -> Dataset:
         refresh=1,
         generator=torch_generator(seed, "log"),
     )
-    return dataclasses.replace(dataset, item=items.flatten())
+    # all at one time: the check then asks about the period that the log was emitted in
+    return dataclasses.replace(dataset, item=items.flatten(), time=torch.zeros_like(dataset.time))
 
 
 def lists(histories: Tensor, length: int) -> Tensor:
@@ -126,27 +133,35 @@ def test_very_uneven_odds_still_give_distinct_items():
     assert all(len(set(row)) == 5 for row in items.tolist())
 
 
-def test_emitted_items_are_unseen_and_follow_the_odds_of_the_frozen_judge():
-    response, rows = judge(0.5), 40_000
+@pytest.mark.parametrize(("member", "period"), [(0, 0), (1, 0), (1, 2)])
+def test_emitted_items_are_unseen_and_follow_the_odds_of_the_frozen_judge(member: int, period: int):
+    response, rows = judge(0.5, members=2), 40_000
     seen = torch.zeros(rows, N_ITEMS, dtype=torch.bool)
     seen[:, :50] = True
     history = torch.tensor([[3, 17, 40]])
-    state, z = response.start(history), response.effects(0)[:1, 0]
+    state, z = response.start(history), response.effects(0)[:1]
+    # rows of the other member and period are in the batch too
+    asked = torch.where(torch.arange(rows) % 2 == 0, member, 1 - member)
+    dated = torch.where(torch.arange(rows) % 2 == 0, period, 1)
     items = emit(
         response,
         state.repeat(rows, 1),
-        z.repeat(rows, 1),
+        z[:, 0].repeat(rows, 1),
         seen,
         1,
         refresh=1,
         generator=torch_generator(0, "emit"),
-    )
+        member=asked,
+        period=dated,
+    )[::2]
     every = torch.arange(N_ITEMS)[None]
-    p = response.conditional_probs(state, response.effects(0)[:1], every, position=False)[0, 50:, 0]
+    at = {"member": torch.tensor([member]), "period": torch.tensor([period])}
+    p = response.conditional_probs(state, z, every, position=False, **at)[0, 50:, 0]
     odds = p / (1 - p)
-    share = torch.bincount(items[:, 0], minlength=N_ITEMS) / rows
+    share = torch.bincount(items[:, 0], minlength=N_ITEMS) / len(items)
     assert float(share[:50].sum()) == 0
-    assert torch.allclose(share[50:], odds / odds.sum(), atol=0.012)
+    # three standard errors of a share near .3 among 20,000 draws are .01
+    assert torch.allclose(share[50:], odds / odds.sum(), atol=0.014)
 
 
 def test_a_judge_finds_its_own_log_believable():

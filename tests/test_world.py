@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -54,6 +55,14 @@ def test_a_newer_schema_is_refused(tiny_world, tmp_path):
         World.load(folder)
 
 
+def test_an_older_schema_says_to_build_again(tiny_world, tmp_path):
+    folder = tiny_world.save(tmp_path / "world")
+    header = json.loads((folder / "world.json").read_text()) | {"schema": 1}
+    (folder / "world.json").write_text(json.dumps(header))
+    with pytest.raises(WorldError, match=r"world schema 1, .* build it again"):
+        World.load(folder)
+
+
 def test_a_folder_of_a_world_holds_no_pickle(tiny_world, tmp_path):
     folder = tiny_world.save(tmp_path / "world")
     assert sorted(p.name for p in folder.iterdir()) == ["world.json", "world.safetensors"]
@@ -75,6 +84,47 @@ def test_lists_hold_no_item_of_the_history_and_no_item_twice(tiny_world):
         for k in range(lists.shape[1]):
             shown = [i for i in lists[start, k].tolist() if i >= 0]
             assert len(shown) == len(set(shown)) == 8
+
+
+def test_histories_of_start_states_end_with_the_newest_item_and_are_padded_on_the_left(tiny_world):
+    # users have two start states: nothing, and three items
+    histories = tiny_world.history_of(torch.tensor([0, 1, 3]))
+    assert histories.shape == (3, 3)
+    assert histories[0].tolist() == [-1, -1, -1]
+    events, offsets = tiny_world.tensors["user_events"], tiny_world.tensors["user_event_offsets"]
+    assert histories[1].tolist() == events[offsets[0] : offsets[0] + 3].tolist()
+    assert histories[2].tolist() == events[offsets[1] : offsets[1] + 3].tolist()
+
+
+def test_lists_ranked_again_at_a_start_state_are_the_stored_ones(tiny_world):
+    starts = torch.arange(tiny_world.tensors["start_user"].shape[0])
+    lists = tiny_world.top_lists(tiny_world.history_of(starts), tiny_world.list_length)
+    assert torch.equal(lists.to(torch.int32), tiny_world.tensors["start_lists"])
+
+
+def test_excluded_items_are_not_listed(tiny_world):
+    exclude = torch.zeros(1, tiny_world.n_items, dtype=torch.bool)
+    first = tiny_world.tensors["start_lists"][0, :, 0].to(torch.int64)
+    exclude[0, first] = True
+    lists = tiny_world.top_lists(tiny_world.history_of(torch.tensor([0])), 4, exclude=exclude)
+    assert not bool(torch.isin(lists, first).any())
+
+
+def test_a_saved_synthetic_world_still_ranks(tiny_world, tmp_path):
+    loaded = World.load(tiny_world.save(tmp_path / "world"))
+    histories = tiny_world.history_of(torch.arange(4))
+    assert torch.equal(loaded.top_lists(histories, 4), tiny_world.top_lists(histories, 4))
+
+
+def test_a_world_without_its_strategies_cannot_rank_again(tiny_world):
+    with pytest.raises(WorldError, match="no strategies beside it"):
+        dataclasses.replace(tiny_world, ranker=None).top_lists(torch.full((1, 0), -1), 4)
+
+
+def test_a_judge_that_the_world_lacks_is_named(tiny_world):
+    assert tiny_world.judge_names("A") == ("main",)
+    with pytest.raises(ValueError, match="no judge 'second' for fold A"):
+        tiny_world.judge("A", "second")
 
 
 def test_a_synthetic_world_that_would_run_out_of_items_is_refused():

@@ -49,6 +49,14 @@ class Spread:
         centre = torch.einsum("nmf,nf->nm", phi, mean)
         return cls(centre.flatten(), (phi @ factor).norm(dim=-1).flatten())
 
+    def moved(self, by: Tensor) -> Spread:
+        """The same with `by` (n,) added."""
+        return Spread(self.mean + by, self.sd)
+
+    def widened(self, sd: float) -> Spread:
+        """The same with an independent normal term of standard deviation `sd` added."""
+        return self if sd == 0.0 else Spread(self.mean, torch.sqrt(self.sd.square() + sd**2))
+
     def at(self, logit: Tensor) -> Tensor:
         """Logits at the nodes; (n,) -> (n, N_NODES)."""
         return (logit + self.mean)[:, None] + self.sd[:, None] * _nodes(N_NODES)[0]
@@ -114,17 +122,66 @@ def solve_shift(score: Tensor, spread: Spread, scale: float, weight: Tensor, rat
     return 0.5 * (low + high)
 
 
-def logistic_fit(x: Tensor, target: Tensor, weight: Tensor, *, ridge: float = 1e-6) -> Tensor:
-    """Weighted logistic regression by Newton; x (n, k) with its constant column -> coefficients float64 (k,)."""
+def fit_pair_sd(logit: Tensor, target: Tensor, pair: Tensor) -> tuple[float, float, float]:
+    """Standard deviation of a normal term that all rows of one pair share, by maximum likelihood.
+
+    Args:
+        logit: (n,), what is known of each row without the term.
+        target: (n,) in [0, 1].
+        pair: int64 (n,), equal for rows of one pair.
+
+    Returns:
+        The standard deviation, at most 4; its gain of log-likelihood over 0; and the factor by which the other terms grow
+        when the average over the new one is no longer hidden in them.
+    """
+    number = torch.unique(pair, return_inverse=True)[1]
+    n_pairs, weight = int(number.max()) + 1, torch.ones_like(logit)
+    at, share = (x.to(torch.float64) for x in _nodes(N_NODES))
+
+    def profile(sd: float) -> tuple[float, float]:
+        # the term flattens the average probability: scale and shift of the rest go with it
+        spread = Spread(torch.zeros_like(logit), torch.full_like(logit, sd))
+        scale, shift = fit_scale_and_shift(logit, spread, target, weight)
+        value = (scale * logit + shift).to(torch.float64)[:, None] + sd * at
+        each = target.to(torch.float64)[:, None] * value - torch.nn.functional.softplus(value)
+        total = torch.zeros(n_pairs, N_NODES, dtype=torch.float64).index_add_(0, number, each)
+        return float(torch.logsumexp(total + share.log(), dim=1).sum()), scale
+
+    # golden section: the profile has one top
+    ratio, low, high = (math.sqrt(5.0) - 1.0) / 2.0, 0.0, 4.0
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = profile(left)[0], profile(right)[0]
+    while high - low > 0.02:
+        if at_left > at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = profile(left)[0]
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = profile(right)[0]
+    sd = 0.5 * (low + high)
+    best, scale = profile(sd)
+    without, plain = profile(0.0)
+    return sd, best - without, scale / plain
+
+
+def logistic_fit(
+    x: Tensor, target: Tensor, weight: Tensor, *, offset: Tensor | None = None, ridge: float = 1e-6
+) -> Tensor:
+    """Weighted logistic regression by Newton; x (n, k) with its constant column, offset (n,) -> coefficients float64 (k,)."""
     x, target = x.to(torch.float64), target.to(torch.float64)
     weight = weight.to(torch.float64) / weight.sum()
+    known = torch.zeros_like(target) if offset is None else offset.to(torch.float64)
     beta = torch.zeros(x.shape[1], dtype=torch.float64)
     eye = torch.eye(x.shape[1], dtype=torch.float64) * ridge
     for _ in range(50):
-        p = torch.sigmoid(x @ beta)
+        p = torch.sigmoid(x @ beta + known)
         gradient = x.T @ (weight * (target - p)) - ridge * beta
         hessian = x.T @ (x * (weight * p * (1 - p))[:, None]) + eye
-        step = torch.linalg.solve(hessian, gradient).clamp(-2.0, 2.0)
+        step = torch.linalg.solve(hessian, gradient)
+        # the whole step is shortened: cut coordinate by coordinate it would point elsewhere
+        step = step * min(1.0, 4.0 / float((x @ step).abs().max().clamp(min=1e-12)))
         beta = beta + step
         if float(step.abs().max()) < 1e-9:
             break

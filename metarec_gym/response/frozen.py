@@ -4,9 +4,13 @@ For user u, item i, outcome o and the state s that the user's history gives:
 
     logit p_o(u, i, s) = scale_o * (tower_o(s) . v_oi + b_oi + z_uo . phi(i, s) + sd_o * eps_ui) + shift_o + position
 
+* A judge has one or more members: networks of equal standing, fitted on resampled users. tower, v, b, scale and shift are a
+  member's own; the state and the users' coefficients are shared. An episode meets one member, so what the log leaves open about
+  f shows as a difference between episodes.
 * `s` is a linear recurrent state (exponential averages of item vectors at several decays, their running mean, the count): the
   diagonal recurrence of linear recurrent units (Orvieto et al., ICML 2023) with fixed decays; `tower` is a small network on it.
-* `phi` are named, frozen features: static ones of the item, and its co-occurrence with the recent and the whole history.
+* `phi` are named, frozen features: static ones of the item, its popularity trend at the time, and its co-occurrence with the
+  recent and the whole history.
 * `z_u` are the user's random coefficients, drawn once per (world seed, user) from their posterior; no policy ever sees them.
 * The first outcome is the gate (the user takes the item at all); the others are conditional on it.
 
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,26 +31,41 @@ from metarec_gym.seeding import fold_in, mix, normal
 ROW_MULTIPLE = 16
 """Batches are padded to a multiple of this many rows: matrix kernels then give each row the same bits in any batch on CPU."""
 
-DYNAMIC_FEATURES = ("cooccurrence_recent", "cooccurrence_history")
-"""The last two entries of phi, computed from the state; the ones before them are static."""
+DYNAMIC_FEATURES = ("trend", "cooccurrence_recent", "cooccurrence_history")
+"""The last entries of phi: of the date, and of the state (two); the ones before them are static."""
+
+RETURN_FEATURES = ("log_session_engaged", "log_sessions", "log_previous_gap", "first_session")
+"""What the time to a user's next session depends on: log(1 + items taken in the session just ended), log(1 + sessions so far, it
+included), log(1 + hours of the gap before it, 0 if none), and 1 if it was the user's first."""
+
+EXPOSURE_DECAY = 0.8
+"""What is left of the exposure to a category after one more slate."""
 
 _SHAPES = {
     "item_input": "(n_items, d) frozen item vectors of the recurrence",
     "decays": "(n_decays,) in (0, 1); the first is the fastest and defines `recent`",
-    "hidden_weight": "(hidden, (n_decays + 1) * d + 1)",
-    "hidden_bias": "(hidden,)",
-    "tower_weight": "(n_outcomes * rank, hidden)",
-    "tower_bias": "(n_outcomes * rank,)",
-    "item_output": "(n_items, n_outcomes, rank)",
-    "item_bias": "(n_items, n_outcomes)",
-    "calibration": "(n_outcomes, 2): scale, shift",
+    "hidden_weight": "(n_members, hidden, (n_decays + 1) * d + 1)",
+    "hidden_bias": "(n_members, hidden)",
+    "tower_weight": "(n_members, n_outcomes * rank, hidden)",
+    "tower_bias": "(n_members, n_outcomes * rank)",
+    "item_output": "(n_members, n_items, n_outcomes, rank)",
+    "item_bias": "(n_members, n_items, n_outcomes)",
+    "calibration": "(n_members, n_outcomes, 2): scale, shift",
     "static_features": "(n_items, n_static)",
+    "trend": "(n_periods, n_items): log popularity of the period before against all time, standardised; row 0 is 0",
     "dynamic_scale": "(2,) multiplies the two co-occurrence features",
-    "effect_mean": "(n_users, n_outcomes, n_static + 2) posterior mean of z_u",
-    "effect_chol": "(n_users, n_outcomes, n_static + 2, n_static + 2) Cholesky factor of its covariance",
+    "effect_mean": "(n_users, n_outcomes, n_static + 3) posterior mean of z_u",
+    "effect_chol": "(n_users, n_outcomes, n_static + 3, n_static + 3) Cholesky factor of its covariance",
     "pair_sd": "(n_outcomes,) sd of eps_user,item; 0 where the log cannot identify it",
+}
+_TIMING_SHAPES = {
     "position_logit": "(max_slate_size,) added to the gate's logit",
-    "leaving": "(2,) logit of leaving after a request: intercept, weight per request since the last engagement; -inf = never",
+    "fatigue": "(1,) added to the gate's logit for each unit of exposure to the item's categories in the session",
+    "leaving": "(4,) logit of leaving after a request: intercept (-inf = never), weight per request since the last engagement, "
+    "per share of the slate taken, per mean exposure of the slate",
+    "return_edges": "(n_bins + 1,) hours, ascending; n_bins 0 = the log does not say when users come back",
+    "return_baseline": "(n_bins,) logit of coming back in a bin, given not before",
+    "return_weight": f"({len(RETURN_FEATURES)},) weights of RETURN_FEATURES, the same in every bin",
 }
 
 
@@ -54,71 +74,29 @@ def logistic(x: Tensor) -> Tensor:
     return 1.0 / (1.0 + torch.exp(-x))
 
 
-class FrozenResponse:
-    """One judge, frozen: evaluation mode, no gradients, a content hash.
+class Judge:
+    """What every frozen judge has: outcomes, content hash, device, and how its users leave and come back.
 
     Args:
-        tensors: The named tensors of `_SHAPES`, float32.
+        tensors: Named tensors, float32 unless a subclass says otherwise.
         outcomes: Outcome names, the gate first.
-        feature_names: Names of phi, length n_static + 2.
-
-    Raises:
-        ValueError: When a tensor is missing, has the wrong shape, or is not finite where it must be.
+        feature_names: Names of phi; empty for a judge without random coefficients.
     """
+
+    n_users: int
+    n_items: int
+    n_outcomes: int
+    n_members: int
+    state_dim: int
+    has_pair_noise: bool
 
     def __init__(
         self, tensors: Mapping[str, Tensor], outcomes: tuple[str, ...], feature_names: tuple[str, ...]
     ) -> None:
-        missing = sorted(set(_SHAPES) - set(tensors))
-        if missing:
-            raise ValueError(f"the response model lacks {missing}; expected the tensors {sorted(_SHAPES)}")
-        self.tensors = {name: tensors[name].detach().to(torch.float32).contiguous() for name in _SHAPES}
+        self.tensors: dict[str, Tensor] = dict(tensors)
         self.outcomes = tuple(outcomes)
         self.feature_names = tuple(feature_names)
-        t = self.tensors
-        self.n_items, self.dim = t["item_input"].shape
-        self.n_users, self.n_outcomes, self.n_features = t["effect_mean"].shape
-        self.n_decays = t["decays"].shape[0]
-        self.rank = t["item_output"].shape[2]
-        self.n_static = t["static_features"].shape[1]
-        self.state_dim = (self.n_decays + 1) * self.dim + 1
-        self._check()
-        # one row an item and outcome, [v_o, e, static, b_o]: a slate then costs one gather and one product with the user's
-        # row [tower_o, effects' part on the state, effects' part on static features, 1]
-        shared = torch.cat([t["item_input"], t["static_features"]], dim=1)[:, None].expand(-1, self.n_outcomes, -1)
-        self._table = torch.cat([t["item_output"], shared, t["item_bias"][..., None]], dim=2).contiguous()
-        self._log_decays = torch.log(t["decays"])
-        self._scale, self._shift = t["calibration"][:, 0].contiguous(), t["calibration"][:, 1].contiguous()
-        self.has_pair_noise = bool((t["pair_sd"] > 0).any())
         self.hash = self._content_hash()
-
-    def _check(self) -> None:
-        t = self.tensors
-        expected = {
-            "item_input": (self.n_items, self.dim),
-            "decays": (self.n_decays,),
-            "hidden_weight": (t["hidden_bias"].shape[0], self.state_dim),
-            "tower_weight": (self.n_outcomes * self.rank, t["hidden_bias"].shape[0]),
-            "tower_bias": (self.n_outcomes * self.rank,),
-            "item_output": (self.n_items, self.n_outcomes, self.rank),
-            "item_bias": (self.n_items, self.n_outcomes),
-            "calibration": (self.n_outcomes, 2),
-            "static_features": (self.n_items, self.n_features - 2),
-            "dynamic_scale": (2,),
-            "effect_chol": (self.n_users, self.n_outcomes, self.n_features, self.n_features),
-            "pair_sd": (self.n_outcomes,),
-            "leaving": (2,),
-        }
-        for name, shape in expected.items():
-            if tuple(t[name].shape) != shape:
-                raise ValueError(
-                    f"response tensor {name} has shape {tuple(t[name].shape)}, expected {shape}: {_SHAPES[name]}"
-                )
-        if len(self.outcomes) != self.n_outcomes or len(self.feature_names) != self.n_features:
-            raise ValueError("one name is needed for each outcome and each feature of phi")
-        for name, value in t.items():
-            if name != "leaving" and not bool(torch.isfinite(value).all()):
-                raise ValueError(f"response tensor {name} has values that are not finite; fit the world again")
 
     def _content_hash(self) -> str:
         digest = hashlib.sha256(repr((self.outcomes, self.feature_names)).encode())
@@ -127,23 +105,152 @@ class FrozenResponse:
             digest.update(self.tensors[name].cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def _check_timing(self) -> None:
+        t = self.tensors
+        bins = t["return_baseline"].shape[0]
+        expected = {
+            "fatigue": (1,),
+            "leaving": (4,),
+            "return_edges": (bins + 1 if bins else t["return_edges"].shape[0],),
+            "return_weight": (len(RETURN_FEATURES),),
+        }
+        _check_shapes(t, expected)
+
     @property
     def device(self) -> torch.device:
         """Where the tables lie."""
-        return self._table.device
+        return self.tensors["leaving"].device
 
-    def to(self, device: torch.device | str) -> FrozenResponse:
+    def to(self, device: torch.device | str) -> Self:
         """The same judge with its tables on `device` (self when they are there already)."""
         if self.device == torch.device(device):
             return self
-        return FrozenResponse({k: v.to(device) for k, v in self.tensors.items()}, self.outcomes, self.feature_names)
+        return type(self)({k: v.to(device) for k, v in self.tensors.items()}, self.outcomes, self.feature_names)
+
+    def replaced(self, **tensors: Tensor) -> Self:
+        """The same judge with some tensors replaced, e.g. `replaced(leaving=...)`."""
+        unknown = sorted(set(tensors) - set(self.tensors))
+        if unknown:
+            raise ValueError(f"the judge has no tensors {unknown}; it has {sorted(self.tensors)}")
+        return type(self)({**self.tensors, **tensors}, self.outcomes, self.feature_names)
+
+    @property
+    def has_leaving(self) -> bool:
+        """Whether users may leave after a request."""
+        return bool(torch.isfinite(self.tensors["leaving"][0]))
+
+    @property
+    def has_return(self) -> bool:
+        """Whether the log said when users come back."""
+        return int(self.tensors["return_baseline"].shape[0]) > 0
+
+    def leave_prob(self, unrewarded: Tensor, quality: Tensor | None = None, repetition: Tensor | None = None) -> Tensor:
+        """Probability of leaving after a request; float32 (rows,) all.
+
+        Args:
+            unrewarded: Requests since the last one in which an item was taken, the present one included.
+            quality: Share of the slate that was taken; None = 0.
+            repetition: Mean exposure to the categories of the slate's items before it was shown; None = 0.
+        """
+        weight = self.tensors["leaving"]
+        logit = weight[0] + weight[1] * unrewarded
+        if quality is not None:
+            logit = logit + weight[2] * quality
+        if repetition is not None:
+            logit = logit + weight[3] * repetition
+        return logistic(logit)
+
+    def return_hazards(self, covariates: Tensor) -> Tensor:
+        """Probability of coming back in each bin of the gap, given not before.
+
+        Args:
+            covariates: float32 (rows, 4), `RETURN_FEATURES`.
+
+        Returns:
+            float32 (rows, n_bins).
+        """
+        # a product of 4 columns written as a sum: a matrix kernel would round rows by their number
+        linear = (covariates * self.tensors["return_weight"]).sum(dim=1, keepdim=True)
+        return logistic(self.tensors["return_baseline"][None, :] + linear)
+
+
+class FrozenResponse(Judge):
+    """One learned judge, frozen: evaluation mode, no gradients, a content hash.
+
+    Args:
+        tensors: The named tensors of `_SHAPES` and `_TIMING_SHAPES`, float32.
+        outcomes: Outcome names, the gate first.
+        feature_names: Names of phi, length n_static + 3.
+
+    Raises:
+        ValueError: When a tensor is missing, has the wrong shape, or is not finite where it must be.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], outcomes: tuple[str, ...], feature_names: tuple[str, ...]
+    ) -> None:
+        names = [*_SHAPES, *_TIMING_SHAPES]
+        missing = sorted(set(names) - set(tensors))
+        if missing:
+            raise ValueError(f"the response model lacks {missing}; expected the tensors {sorted(names)}")
+        t = {name: tensors[name].detach().to(torch.float32).contiguous() for name in names}
+        self.n_items, self.dim = t["item_input"].shape
+        self.n_users, self.n_outcomes, self.n_features = t["effect_mean"].shape
+        self.n_decays = t["decays"].shape[0]
+        self.n_members = t["item_output"].shape[0]
+        self.n_periods = t["trend"].shape[0]
+        self.rank = t["item_output"].shape[3]
+        self.n_static = t["static_features"].shape[1]
+        self.state_dim = (self.n_decays + 1) * self.dim + 1
+        self.tensors, self.outcomes, self.feature_names = t, tuple(outcomes), tuple(feature_names)
+        self._check()
+        # one row a member, item and outcome, [v_o, e, static, b_o]: a slate then costs one gather and one product with the
+        # user's row [tower_o, effects' part on the state, effects' part on static features, 1]
+        shared = torch.cat([t["item_input"], t["static_features"]], dim=1)[None, :, None]
+        shared = shared.expand(self.n_members, -1, self.n_outcomes, -1)
+        self._table = torch.cat([t["item_output"], shared, t["item_bias"][..., None]], dim=3).flatten(0, 1).contiguous()
+        self._log_decays = torch.log(t["decays"])
+        self._hidden_weight = t["hidden_weight"].flatten(0, 1).contiguous()
+        self._hidden_bias = t["hidden_bias"].flatten().contiguous()
+        self._scale, self._shift = t["calibration"][..., 0].contiguous(), t["calibration"][..., 1].contiguous()
+        self.has_pair_noise = bool((t["pair_sd"] > 0).any())
+        self.has_trend = bool((t["trend"] != 0).any())
+        super().__init__(t, outcomes, feature_names)
+
+    def _check(self) -> None:
+        t, members, hidden = self.tensors, self.n_members, self.tensors["hidden_bias"].shape[-1]
+        expected = {
+            "item_input": (self.n_items, self.dim),
+            "decays": (self.n_decays,),
+            "hidden_weight": (members, hidden, self.state_dim),
+            "hidden_bias": (members, hidden),
+            "tower_weight": (members, self.n_outcomes * self.rank, hidden),
+            "tower_bias": (members, self.n_outcomes * self.rank),
+            "item_output": (members, self.n_items, self.n_outcomes, self.rank),
+            "item_bias": (members, self.n_items, self.n_outcomes),
+            "calibration": (members, self.n_outcomes, 2),
+            "static_features": (self.n_items, self.n_features - len(DYNAMIC_FEATURES)),
+            "trend": (self.n_periods, self.n_items),
+            "dynamic_scale": (2,),
+            "effect_chol": (self.n_users, self.n_outcomes, self.n_features, self.n_features),
+            "pair_sd": (self.n_outcomes,),
+        }
+        _check_shapes(t, expected)
+        self._check_timing()
+        if self.n_members < 1 or self.n_periods < 1:
+            raise ValueError("a judge has one member and one period at least; fit the world again")
+        if len(self.outcomes) != self.n_outcomes or len(self.feature_names) != self.n_features:
+            raise ValueError("one name is needed for each outcome and each feature of phi")
+        for name, value in t.items():
+            if name != "leaving" and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"response tensor {name} has values that are not finite; fit the world again")
 
     def effects(self, world_seed: int, member: int = 0) -> Tensor:
         """Random coefficients z of every user: one draw from each posterior, keyed by (world seed, member, user).
 
         Args:
             world_seed: Which draw of the users' tastes.
-            member: Member of an ensemble.
+            member: Member of the ensemble.
 
         Returns:
             float32 (n_users, n_outcomes, n_features).
@@ -202,23 +309,61 @@ class FrozenResponse:
         mean = state[:, self.n_decays * self.dim : -1] / count.clamp(min=1.0)
         return torch.cat([state[:, : self.n_decays * self.dim], mean, torch.log1p(count) / 7.0], dim=1)
 
-    def tower(self, inputs: Tensor) -> Tensor:
-        """User vectors; (rows, state_dim) -> (rows, n_outcomes, rank). Rows must be a multiple of 16 for equal bits."""
-        t = self.tensors
-        hidden = torch.relu(torch.nn.functional.linear(inputs, t["hidden_weight"], t["hidden_bias"]))
-        out = torch.nn.functional.linear(hidden, t["tower_weight"], t["tower_bias"])
-        return out.view(inputs.shape[0], self.n_outcomes, self.rank)
+    def tower(self, inputs: Tensor, member: Tensor | int = 0) -> Tensor:
+        """User vectors of a member. Rows must be a multiple of 16 for equal bits.
 
-    def features(self, inputs: Tensor, items: Tensor) -> Tensor:
-        """phi(item, state): inputs (rows, state_dim) and items (rows, m) -> (rows, m, n_features)."""
+        Args:
+            inputs: float32 (rows, state_dim).
+            member: int64 (rows,), or one number for all rows.
+
+        Returns:
+            float32 (rows, n_outcomes, rank).
+        """
+        t, rows, linear = self.tensors, inputs.shape[0], torch.nn.functional.linear
+        if isinstance(member, int) or self.n_members == 1:
+            m = member if isinstance(member, int) else 0
+            hidden = torch.relu(linear(inputs, t["hidden_weight"][m], t["hidden_bias"][m]))
+            out = linear(hidden, t["tower_weight"][m], t["tower_bias"][m])
+            return out.view(rows, self.n_outcomes, self.rank)
+        # all members, then each row's own: a row's bits do not depend on which members the other rows have
+        hidden = torch.relu(linear(inputs, self._hidden_weight, self._hidden_bias)).view(rows, self.n_members, -1)
+        outs = [
+            linear(hidden[:, m].contiguous(), t["tower_weight"][m], t["tower_bias"][m]) for m in range(self.n_members)
+        ]
+        index = member[:, None, None].expand(rows, 1, self.n_outcomes * self.rank)
+        return torch.stack(outs, dim=1).gather(1, index).view(rows, self.n_outcomes, self.rank)
+
+    def features(self, inputs: Tensor, items: Tensor, period: Tensor | None = None) -> Tensor:
+        """phi(item, state, date).
+
+        Args:
+            inputs: float32 (rows, state_dim).
+            items: int64 (rows, m).
+            period: int64 (rows,), row of `trend`; None = 0, where there is none.
+
+        Returns:
+            float32 (rows, m, n_features).
+        """
         t = self.tensors
         vectors = t["item_input"][items]
         recent = (vectors * inputs[:, None, : self.dim]).sum(dim=-1, keepdim=True)
         whole = (vectors * inputs[:, None, self.n_decays * self.dim : -1]).sum(dim=-1, keepdim=True)
-        return torch.cat([t["static_features"][items], torch.cat([recent, whole], dim=-1) * t["dynamic_scale"]], dim=-1)
+        trend = torch.zeros_like(recent) if period is None else t["trend"][period[:, None], items][..., None]
+        dynamic = torch.cat([recent, whole], dim=-1) * t["dynamic_scale"]
+        return torch.cat([t["static_features"][items], trend, dynamic], dim=-1)
 
     def conditional_probs(
-        self, state: Tensor, effects: Tensor, items: Tensor, *, position: bool = True, pair_noise: Tensor | None = None
+        self,
+        state: Tensor,
+        effects: Tensor,
+        items: Tensor,
+        *,
+        user: Tensor | None = None,
+        member: Tensor | None = None,
+        period: Tensor | None = None,
+        position: bool = True,
+        pair_noise: Tensor | None = None,
+        gate_shift: Tensor | None = None,
     ) -> Tensor:
         """Probability of each outcome, the ones after the gate given the gate.
 
@@ -226,8 +371,12 @@ class FrozenResponse:
             state: float32 (rows, state_dim); rows a multiple of 16 for equal bits in any batch.
             effects: float32 (rows, n_outcomes, n_features), the users' z.
             items: int64 (rows, m).
+            user: Not read: the user is in `effects`.
+            member: int64 (rows,), which member answers; None = the first.
+            period: int64 (rows,), row of `trend`; None = 0.
             position: Column j of `items` is position j of a slate; False asks without position effect.
             pair_noise: float32 (rows, m), eps_user,item in standard deviations; None = 0.
+            gate_shift: float32 (rows, m), added to the gate's logit (fatigue and settings of an environment); None = 0.
 
         Returns:
             float32 (rows, m, n_outcomes) in (0, 1).
@@ -236,25 +385,168 @@ class FrozenResponse:
         scale = self.tensors["dynamic_scale"]
         split = self.n_static
         # z . phi of the two co-occurrence features is e_i . (z_recent scale recent + z_history scale mean): linear in e_i
-        recent = inputs[:, None, : self.dim] * (effects[..., split, None] * scale[0])
-        whole = inputs[:, None, self.n_decays * self.dim : -1] * (effects[..., split + 1, None] * scale[1])
+        recent = inputs[:, None, : self.dim] * (effects[..., split + 1, None] * scale[0])
+        whole = inputs[:, None, self.n_decays * self.dim : -1] * (effects[..., split + 2, None] * scale[1])
         ones = torch.ones_like(effects[..., :1])
-        user = torch.cat([self.tower(inputs), recent + whole, effects[..., :split], ones], dim=2)
-        score = (self._table[items] * user[:, None]).sum(dim=-1)
+        tower = self.tower(inputs, 0 if member is None else member)
+        row = torch.cat([tower, recent + whole, effects[..., :split], ones], dim=2)
+        of_member = items if member is None or self.n_members == 1 else items + (member * self.n_items)[:, None]
+        score = (self._table[of_member] * row[:, None]).sum(dim=-1)
+        if self.has_trend and period is not None:
+            trend = self.tensors["trend"][period[:, None], items]
+            score = score + trend[..., None] * effects[:, None, :, split]
         if pair_noise is not None:
             score = score + self.tensors["pair_sd"] * pair_noise[..., None]
-        stacked = score * self._scale + self._shift
+        if member is None or self.n_members == 1:
+            stacked = score * self._scale[0] + self._shift[0]
+        else:
+            stacked = score * self._scale[member][:, None] + self._shift[member][:, None]
+        gate = stacked[..., :1]
         if position:
             # only the gate depends on being looked at; what follows is given that the item was taken
-            stacked = torch.cat(
-                [stacked[..., :1] + self.tensors["position_logit"][: items.shape[1], None], stacked[..., 1:]], dim=-1
-            )
-        return logistic(stacked)
+            gate = gate + self.tensors["position_logit"][: items.shape[1], None]
+        if gate_shift is not None:
+            gate = gate + gate_shift[..., None]
+        return logistic(torch.cat([gate, stacked[..., 1:]], dim=-1))
 
-    def leave_prob(self, unrewarded: Tensor) -> Tensor:
-        """Probability of leaving after a request; unrewarded = requests since the last engagement, float32 (rows,)."""
-        intercept, weight = self.tensors["leaving"][0], self.tensors["leaving"][1]
-        return logistic(intercept + weight * unrewarded)
+
+class LoggedResponse(Judge):
+    """A judge that looks the answer up in a (nearly) fully observed log, and refuses pairs that the log never saw.
+
+    No state, no taste to draw, one member: a user's answer to an item is the logged one, whatever was shown before.
+
+    Args:
+        tensors: `answers` (n_users, n_items, n_outcomes), NaN = never observed, later outcomes given the gate; and the tensors of
+            `_TIMING_SHAPES`.
+        outcomes: Outcome names, the gate first.
+        feature_names: Empty.
+
+    Raises:
+        ValueError: When a tensor is missing or has the wrong shape.
+    """
+
+    state_dim = 1
+    n_members = 1
+    n_periods = 1
+    has_pair_noise = False
+    has_trend = False
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], outcomes: tuple[str, ...], feature_names: tuple[str, ...] = ()
+    ) -> None:
+        names = ["answers", *_TIMING_SHAPES]
+        missing = sorted(set(names) - set(tensors))
+        if missing:
+            raise ValueError(f"the logged response lacks {missing}; expected the tensors {sorted(names)}")
+        t = {name: tensors[name].detach().to(torch.float32).contiguous() for name in names}
+        self.n_users, self.n_items, self.n_outcomes = t["answers"].shape
+        self.tensors = t
+        self._check_timing()
+        super().__init__(t, outcomes, feature_names)
+
+    @property
+    def observed(self) -> Tensor:
+        """Pairs that the log answers; bool (n_users, n_items)."""
+        return ~torch.isnan(self.tensors["answers"][..., 0])
+
+    def effects(self, world_seed: int, member: int = 0) -> Tensor:
+        """Nothing is drawn; float32 (n_users, n_outcomes, 0)."""
+        return torch.zeros(self.n_users, self.n_outcomes, 0, device=self.device)
+
+    def start(self, histories: Tensor) -> Tensor:
+        """No state; int64 (batch, H) -> zeros (batch, 1)."""
+        return torch.zeros(histories.shape[0], 1, device=histories.device)
+
+    def step(self, state: Tensor, items: Tensor, engaged: Tensor) -> Tensor:
+        """The state stays as it is."""
+        return state
+
+    def conditional_probs(
+        self,
+        state: Tensor,
+        effects: Tensor,
+        items: Tensor,
+        *,
+        user: Tensor | None = None,
+        member: Tensor | None = None,
+        period: Tensor | None = None,
+        position: bool = True,
+        pair_noise: Tensor | None = None,
+        gate_shift: Tensor | None = None,
+    ) -> Tensor:
+        """The logged answers; arguments as `FrozenResponse.conditional_probs`, of which only `user` (int64 (rows,)) is read.
+
+        Raises:
+            ValueError: When `user` is missing, a setting would change logged answers, or a pair was never observed.
+        """
+        if user is None:
+            raise ValueError("a logged response needs the users (int64 (rows,)); hand them over as `user`")
+        if gate_shift is not None:
+            raise ValueError(
+                "fatigue, drift, position_decay and base_rate_factor would change answers that were logged; leave them at "
+                "their defaults, or build the world with --response model"
+            )
+        answers = self.tensors["answers"][user[:, None], items]
+        if bool(torch.isnan(answers[..., 0]).any()):
+            row, column = (int(i) for i in torch.nonzero(torch.isnan(answers[..., 0]))[0])
+            raise ValueError(
+                f"user {int(user[row])} was never observed with item {int(items[row, column])}; a logged response answers "
+                "observed pairs only: rank lists with World.top_lists, which leaves the others out"
+            )
+        return answers
+
+
+AnyJudge = FrozenResponse | LoggedResponse
+
+
+def make_judge(
+    tensors: Mapping[str, Tensor], outcomes: tuple[str, ...], feature_names: tuple[str, ...]
+) -> FrozenResponse | LoggedResponse:
+    """The judge that the tensors describe: logged answers or a model."""
+    kind = LoggedResponse if "answers" in tensors else FrozenResponse
+    return kind(tensors, outcomes, feature_names)
+
+
+def untimed(max_slate: int = 64) -> dict[str, Tensor]:
+    """Timing tensors of a judge whose log identifies neither position nor fatigue, leaving or return."""
+    return {
+        "position_logit": torch.zeros(max_slate),
+        "fatigue": torch.zeros(1),
+        "leaving": torch.tensor([-torch.inf, 0.0, 0.0, 0.0]),
+        "return_edges": torch.zeros(1),
+        "return_baseline": torch.zeros(0),
+        "return_weight": torch.zeros(len(RETURN_FEATURES)),
+    }
+
+
+def item_exposure(exposure: Tensor, categories: Tensor) -> Tensor:
+    """Exposure of items through their categories: (rows, C) and (rows, m, C) -> (rows, m)."""
+    return (categories * exposure[:, None]).sum(dim=-1)
+
+
+def next_exposure(exposure: Tensor, categories: Tensor, valid: Tensor) -> Tensor:
+    """Exposure to each category after a slate: what was there fades, the mean of the slate's items comes on top.
+
+    Args:
+        exposure: float32 (rows, C).
+        categories: float32 (rows, m, C), shares that sum to 1 or 0 for each item.
+        valid: bool (rows, m), places of the slate that hold an item.
+
+    Returns:
+        float32 (rows, C).
+    """
+    weight = valid.to(torch.float32)
+    mean = (categories * weight[..., None]).sum(dim=1) / weight.sum(dim=1, keepdim=True).clamp(min=1.0)
+    return EXPOSURE_DECAY * exposure + mean
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            meaning = (_SHAPES | _TIMING_SHAPES)[name]
+            raise ValueError(
+                f"response tensor {name} has shape {tuple(tensors[name].shape)}, expected {shape}: {meaning}"
+            )
 
 
 def joint_probs(conditional: Tensor) -> Tensor:

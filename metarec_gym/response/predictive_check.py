@@ -2,7 +2,8 @@
 
 The real log and logs that the judge emits go through the same function: the same users, the same prefix, the same lists of the
 strategies at that prefix, the same number of events after it. An emitted event is an unseen item drawn in proportion to the
-judge's gate odds, with the user's random coefficients drawn anew from their posterior for every emitted log.
+judge's gate odds at the date of the prefix's end, with the user's random coefficients drawn anew from their posterior for every
+emitted log. Members of the judge take turns: an emitted log is one member's.
 
     hit(user, strategy, event) = the event's item is among the strategy's first M at the prefix
     interaction = hit rate - user's mean - strategy's mean + mean, computed in two halves (odd and even events)
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from metarec_gym.response.frozen import FrozenResponse
+from metarec_gym.response.model import period_of, period_starts
 from metarec_gym.seeding import stream, torch_generator
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 _CHUNK_ROWS = 4_096
 _CHUNK_USERS = 64
 _FEWEST_USERS = 20
+
+Halves = Literal["interleaved", "consecutive"]
 
 ListsFunction = Callable[[Tensor, int], Tensor]
 """(histories int64 (batch, H), length) -> lists int64 (batch, n_strategies, length), -1 where a list has no more items."""
@@ -45,9 +49,9 @@ def predictive_check(
     prefix: int = 10,
     events: int = 20,
     list_length: int = 50,
-    refresh: int = 5,
-    max_users: int = 1_000,
-    halves: Literal["interleaved", "consecutive"] = "interleaved",
+    refresh: int = 1,
+    max_users: int = 500,
+    halves: Halves = "interleaved",
     progress: bool = False,
 ) -> dict[str, Any]:
     """Compares the log of one fold with logs that its judge emits; arguments and result as in `check_world`."""
@@ -79,9 +83,9 @@ def check_world(
     prefix: int = 10,
     events: int = 20,
     list_length: int = 50,
-    refresh: int = 5,
-    max_users: int = 1_000,
-    halves: Literal["interleaved", "consecutive"] = "interleaved",
+    refresh: int = 1,
+    max_users: int = 500,
+    halves: Halves | Literal["both"] = "interleaved",
     progress: bool = False,
 ) -> dict[str, Any]:
     """Compares the real log with emitted ones over all folds at once, each fold's users with their own judge.
@@ -96,10 +100,12 @@ def check_world(
         prefix: Engaged items of the history at which lists are ranked.
         events: Engaged items after it that are compared; users with fewer are left out.
         list_length: M, the items of a list that count.
-        refresh: The emitting user's state is brought up to date after this many events.
+        refresh: The emitting user's state is brought up to date after this many events. The log's users are up to date at
+            every event: more than 1 is faster and understates how much the events of one user have in common.
         max_users: At most this many users a fold, drawn by seed.
         halves: `interleaved`: odd and even events, which share whatever the user is after just then; `consecutive`: the first
-            and the last half of the events, which share only what lasts.
+            and the last half of the events, which share only what lasts; `both`: the first kind, and the second kind of the same
+            emitted logs under the key `consecutive_halves`.
         progress: Shows a bar.
 
     Returns:
@@ -117,13 +123,14 @@ def check_world(
         order = torch.randperm(len(fit), generator=torch_generator(seed, "check_users", name))[:max_users]
         chosen[name] = fit[order.sort()[0]]
     n_users = sum(len(users) for users in chosen.values())
+    kinds: tuple[Halves, ...] = ("interleaved", "consecutive") if halves == "both" else (halves,)
     result: dict[str, Any] = {
         "n_users": n_users,
         "prefix": prefix,
         "events": events,
         "list_length": list_length,
         "replicas": replicas,
-        "halves": halves,
+        "halves": kinds[0],
         "strategies": list(names),
         "statistics": {},
     }
@@ -151,18 +158,28 @@ def check_world(
                 events=events,
                 list_length=list_length,
                 refresh=refresh,
-                interleaved=halves == "interleaved",
+                kinds=kinds,
                 bar=bar,
             )
             real.append(own)
             emitted.append(made)
     bar.close()
-    observed = strategy_statistics(torch.cat(real), names)
-    simulated = strategy_statistics(torch.cat(emitted, dim=1), names)
+    of_log, of_replicas = torch.cat(real), torch.cat(emitted, dim=1)
+    found = [_compared(of_log[..., kind, :], of_replicas[..., kind, :], names) for kind in range(len(kinds))]
+    result |= found[0]
+    if halves == "both":
+        result["consecutive_halves"] = {**result, "halves": "consecutive", **found[1]}
+    return result
+
+
+def _compared(of_log: Tensor, of_replicas: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """Each statistic of the log (n_users, n_strategies, 2) beside those of the replicas (replicas, n_users, n_strategies, 2)."""
+    observed, simulated = strategy_statistics(of_log, names), strategy_statistics(of_replicas, names)
+    statistics: dict[str, Any] = {}
     for name, value in observed.items():
         draws = simulated[name]
         low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
-        result["statistics"][name] = {
+        statistics[name] = {
             "observed": float(value),
             "replicas_mean": float(draws.mean()),
             "replicas_low": low,
@@ -170,10 +187,11 @@ def check_world(
             "inside": bool(low <= float(value) <= high),
             "share_of_replicas_below": float((draws < value).to(torch.float64).mean()),
         }
-    headline = ("interaction_trace", "headroom")
-    result["inside_headline"] = all(result["statistics"][name]["inside"] for name in headline)
-    result["inside_all"] = all(entry["inside"] for entry in result["statistics"].values())
-    return result
+    return {
+        "statistics": statistics,
+        "inside_headline": all(statistics[name]["inside"] for name in ("interaction_trace", "headroom")),
+        "inside_all": all(entry["inside"] for entry in statistics.values()),
+    }
 
 
 def strategy_statistics(hits: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
@@ -242,10 +260,10 @@ def _hits(
     events: int,
     list_length: int,
     refresh: int,
-    interleaved: bool,
+    kinds: Sequence[Halves],
     bar: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Hit rates in halves: of the log (n_users, n_strategies, 2) and of emitted logs (replicas, n_users, n_strategies, 2)."""
+    """Hit rates in halves of each kind: of the log (n_users, n_strategies, n_kinds, 2) and of emitted logs (replicas, ...)."""
     n = len(users)
     histories = dataset.histories(users, torch.full((n,), prefix))
     upto = dataset.histories(users, torch.full((n,), prefix + events))
@@ -259,24 +277,47 @@ def _hits(
 
     def halves(row: Tensor, items: Tensor) -> Tensor:
         hit = listed[row[:, None], :, items].to(torch.float32)
-        first, second = (hit[:, 0::2], hit[:, 1::2]) if interleaved else hit.tensor_split(2, dim=1)
-        return torch.stack([first.mean(dim=1), second.mean(dim=1)], dim=-1)
+        parts = []
+        for kind in kinds:
+            first, second = (hit[:, 0::2], hit[:, 1::2]) if kind == "interleaved" else hit.tensor_split(2, dim=1)
+            parts.append(torch.stack([first.mean(dim=1), second.mean(dim=1)], dim=-1))
+        return torch.stack(parts, dim=-2)
 
     real = halves(row, upto[:, prefix:])
     seen = torch.zeros(n, dataset.n_items, dtype=torch.bool)
     if prefix > 0:
         seen.scatter_(1, histories, True)
     state = response.start(histories)
+    period = _periods(dataset, users, prefix)
     each = max(_CHUNK_ROWS // n, 1)
     made = []
     for lo in range(0, replicas, each):
-        members = range(lo, min(lo + each, replicas))
-        z = torch.cat([response.effects(seed, member)[users, 0] for member in members])
-        repeated = row.repeat(len(members))
-        items = emit(response, state[repeated], z, seen[repeated], events, refresh=refresh, generator=generator)
-        made.append(halves(repeated, items).view(len(members), n, n_strategies, 2))
+        logs = range(lo, min(lo + each, replicas))
+        z = torch.cat([response.effects(seed, number)[users, 0] for number in logs])
+        repeated = row.repeat(len(logs))
+        items = emit(
+            response,
+            state[repeated],
+            z,
+            seen[repeated],
+            events,
+            refresh=refresh,
+            generator=generator,
+            member=torch.tensor(logs).repeat_interleave(n) % response.n_members,
+            period=period[repeated],
+        )
+        made.append(halves(repeated, items).view(len(logs), n, n_strategies, len(kinds), 2))
         bar.update(len(repeated))
     return real, torch.cat(made)
+
+
+def _periods(dataset: Dataset, users: Tensor, prefix: int) -> Tensor:
+    """Period of the log at which each user's prefix ends; users have more engaged items than that. int64 (n_users,)."""
+    counts = dataset.engaged_counts()
+    engaged = torch.nonzero(dataset.outcome[:, 0] > 0).flatten()
+    first = torch.cumsum(counts, dim=0) - counts
+    last = engaged[first[users] + max(prefix - 1, 0)]
+    return period_of(period_starts(dataset), dataset.time[last])
 
 
 def emit(
@@ -288,6 +329,8 @@ def emit(
     *,
     refresh: int,
     generator: torch.Generator,
+    member: Tensor | None = None,
+    period: Tensor | None = None,
 ) -> Tensor:
     """Events of users who take unseen items in proportion to the gate's odds, without replacement.
 
@@ -299,23 +342,36 @@ def emit(
         events: Items each user takes.
         refresh: Events between two updates of the state.
         generator: Source of the draws.
+        member: int64 (rows,), the member that answers each row; None = the first.
+        period: int64 (rows,), period of the log; None = the first, where there is no trend.
 
     Returns:
         int64 (rows, events), in order.
     """
     t, n_static, d = response.tensors, response.n_static, response.dim
-    table = torch.cat(
-        [t["item_output"][:, 0], t["item_input"], t["static_features"], t["item_bias"][:, :1]], dim=1
-    ).T.contiguous()
-    scale = t["calibration"][0, 0]
+    member = torch.zeros(len(state), dtype=torch.int64) if member is None else member
+    period = torch.zeros(len(state), dtype=torch.int64) if period is None else period
+    # each member's rows and table: a slate of all items is then one matrix product
+    shared = [t["item_input"], t["static_features"], t["trend"].T]
+    groups = [
+        (rows, torch.cat([t["item_output"][m, :, 0], *shared, t["item_bias"][m, :, :1]], dim=1).T.contiguous())
+        for m in range(response.n_members)
+        if len(rows := torch.nonzero(member == m).flatten())
+    ]
+    scale = t["calibration"][member, 0, 0][:, None]
+    dated = torch.nn.functional.one_hot(period, response.n_periods).to(torch.float32)
     taken, blocked = [], seen.clone()
     for lo in range(0, events, refresh):
         inputs = response.inputs(state)
-        weight = effects[:, n_static:] * t["dynamic_scale"]
+        weight = effects[:, n_static + 1 :] * t["dynamic_scale"]
         dynamic = weight[:, :1] * inputs[:, :d] + weight[:, 1:] * inputs[:, -d - 1 : -1]
+        trend = effects[:, n_static, None] * dated
         one = torch.ones(len(state), 1)
-        users = torch.cat([response.tower(inputs)[:, 0], dynamic, effects[:, :n_static], one], dim=1)
-        logit = (users @ table).mul_(scale).masked_fill_(blocked, -torch.inf)
+        users = torch.cat([response.tower(inputs, member)[:, 0], dynamic, effects[:, :n_static], trend, one], dim=1)
+        logit = torch.empty(len(state), response.n_items)
+        for rows, table in groups:
+            logit[rows] = users[rows] @ table
+        logit = logit.mul_(scale).masked_fill_(blocked, -torch.inf)
         items = draw_without_replacement(logit, min(refresh, events - lo), generator)
         taken.append(items)
         blocked.scatter_(1, items, True)
