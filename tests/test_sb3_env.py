@@ -75,3 +75,20 @@ def test_attributes_and_methods_reach_the_batch(tiny_world):
     assert env.env_is_wrapped(Monitor, indices=0) == [True]
     with pytest.raises(ValueError, match="belongs to the whole batch"):
         env.set_attr("horizon", 3, indices=[0])
+
+
+@pytest.mark.parametrize("action", ["select", "blend", "slots"])
+def test_sb3_ppo_runs_on_every_kind_of_action(leaving_world, action):
+    from stable_baselines3 import PPO
+
+    env = make(leaving_world, 4, action=action, session_requests=3)
+    model = PPO("MlpPolicy", env, n_steps=16, batch_size=32, n_epochs=1, seed=0, device="cpu").learn(128)
+    assert model.num_timesteps == 128
+    assert np.isfinite(model.rollout_buffer.rewards).all()
+    chosen, _ = model.predict(env.reset(), deterministic=True)
+    assert chosen.shape == env.env.action_space.shape
+
+
+def test_masks_of_slots_reach_sb3_contrib_row_by_row(tiny_world):
+    env = make(tiny_world, 2, action="slots", unavailable=["mixed"])
+    assert np.stack(env.env_method("action_masks")).tolist() == [[True, True, False] * 2] * 2

@@ -2,14 +2,17 @@ import warnings
 
 import gymnasium
 import numpy as np
+import pytest
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 from metarec_gym.envs import MetaRecEnv, MetaRecVectorEnv
 
 
-def test_gymnasium_and_sb3_checkers_pass_without_a_warning():
-    env = gymnasium.make("MetaRec/Select-v0").unwrapped
+@pytest.mark.parametrize("settings", [{}, {"session_requests": 4, "outage_rate": 0.2, "cost_weight": (0.0, 0.5)}])
+@pytest.mark.parametrize("env_id", ["MetaRec/Select-v0", "MetaRec/Blend-v0", "MetaRec/Slots-v0"])
+def test_gymnasium_and_sb3_checkers_pass_without_a_warning(env_id, settings):
+    env = gymnasium.make(env_id, **settings).unwrapped
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_env(env, skip_render_check=True)
@@ -41,6 +44,27 @@ def test_the_single_environment_is_a_row_of_the_batch(leaving_world):
             obs, reward, *_ = env.step(action)
             assert np.array_equal(obs, many[row])
             assert reward == float(rewards[row])
+
+
+@pytest.mark.parametrize("action", ["blend", "slots"])
+def test_a_single_blend_or_slots_environment_is_a_row_of_the_batch(leaving_world, action):
+    settings = {"world": leaving_world, "action": action, "session_requests": 2}
+    batch = MetaRecVectorEnv(3, autoreset_mode="Disabled", **settings)
+    batch.reset(seed=10)
+    batch.action_space.seed(0)
+    singles = [MetaRecEnv(**settings) for _ in range(3)]
+    for row, env in enumerate(singles):
+        env.reset(seed=10 + row)
+        assert env.action_space == batch.single_action_space
+        assert np.array_equal(env.action_masks(), batch.action_masks()[row])
+    for _ in range(5):
+        actions = batch.action_space.sample()
+        many, rewards, *_ = batch.step(actions)
+        for row, env in enumerate(singles):
+            obs, reward, *_, info = env.step(actions[row])
+            assert np.array_equal(obs, many[row])
+            assert reward == float(rewards[row])
+            assert info["slate"].shape == (3,)
 
 
 def test_types_are_plain_python_where_gymnasium_wants_them(tiny_world):

@@ -1,3 +1,5 @@
+import hashlib
+
 import gymnasium
 import numpy as np
 import pytest
@@ -5,8 +7,9 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from metarec_gym.envs import MetaRecVectorEnv
-from metarec_gym.envs.dynamics import first_unshown
+from metarec_gym.envs.actions import first_unshown
 from metarec_gym.seeding import stream
+from metarec_gym.world import World
 
 MODES = ("NextStep", "SameStep", "Disabled")
 
@@ -48,6 +51,19 @@ def test_a_step_worked_out_by_hand(tiny_world):
     assert blocks["strategy_mean_reward"] == pytest.approx([np.tanh(float(reward[0]) / 2 / 0.6), 0, 0], abs=1e-5)
     # the other specialist's items have probability 0.1, `mixed` goes on with item 1 (0.1) and item 3 (0.1)
     assert env.peek_expected_rewards()[0].tolist() == pytest.approx([1.0, 0.2, 0.2], abs=1e-6)
+
+
+def test_episodes_of_one_session_are_the_ones_they_were_before_episodes_could_have_several():
+    """Slates, answers, endings and users of 30 requests, as the first version of the environment gave them."""
+    sizes = {"n_types": 2, "users_per_type": 4, "items_per_type": 40, "horizon": 12, "slate_size": 3}
+    world = World.synthetic(**sizes, history_lengths=(0,), leaving=(-3.0, 0.8))
+    env = MetaRecVectorEnv(32, world=world, autoreset_mode="SameStep")
+    digest = hashlib.sha256()
+    for step in play(env, random_actions(env, 30), seed=7):
+        info = step[4]
+        for value in (step[2], step[3], *(info[key] for key in ("slate", "outcomes", "user", "request"))):
+            digest.update(np.ascontiguousarray(value).tobytes())
+    assert digest.hexdigest()[:16] == "f9cf573f367f4ced"
 
 
 def test_the_slate_is_the_first_items_that_were_not_shown():
@@ -249,8 +265,6 @@ def test_leaving_terminates_and_the_horizon_truncates(leaving_world, tiny_world)
 
 
 def test_a_stronger_hazard_of_leaving_shortens_episodes():
-    from metarec_gym.world import World
-
     lengths = []
     for weight in (0.2, 1.5):
         sizes = {"n_types": 2, "items_per_type": 110, "users_per_type": 8, "history_lengths": (0,)}
@@ -400,7 +414,7 @@ def test_rewards_come_from_the_judge_so_changing_its_weights_changes_them(tiny_w
 
     old = tiny_world.responses["A"]
     harsher = FrozenResponse(
-        old.tensors | {"calibration": torch.tensor([[1.0, -2.0]])}, old.outcomes, old.feature_names
+        old.tensors | {"calibration": torch.tensor([[[1.0, -2.0]]])}, old.outcomes, old.feature_names
     )
     changed = replace(tiny_world, responses={"A": harsher, "B": harsher})
     expected = []

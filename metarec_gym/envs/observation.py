@@ -24,7 +24,10 @@ def feature_sizes(world: World) -> dict[str, int]:
         "category_entropy": 1,
         "unrewarded_requests": 1,
         "request_fraction": 1,
+        "session_fraction": 1,
+        "sessions": 1,
         "cost_weight": 1,
+        "latency_weight": 1,
         "last_reward": 1,
         "last_strategy": k,
         "strategy_count": k,
@@ -49,7 +52,9 @@ def bounds(world: World) -> tuple[list[float], list[float]]:
     return low, [1.0] * len(low)
 
 
-def observe(tables: EnvTables, state: UserState, horizon: int, reward_scale: float, cost_weight: float) -> Tensor:
+def observe(
+    tables: EnvTables, state: UserState, horizon: int, reward_scale: float, latency_weight: float = 0.0
+) -> Tensor:
     """The observation of every row; float32 (rows, obs_dim), a fresh tensor.
 
     Args:
@@ -57,9 +62,8 @@ def observe(tables: EnvTables, state: UserState, horizon: int, reward_scale: flo
         state: The rows.
         horizon: Requests an episode.
         reward_scale: Typical reward a request; rewards enter as tanh(reward / scale).
-        cost_weight: The environment's.
+        latency_weight: The environment's.
     """
-    rows, k = state.start.shape[0], tables.available.shape[0]
     engaged = state.engaged.clamp(min=1.0)[:, None]
     taste, category = state.profile[:, : tables.n_taste], state.profile[:, tables.n_taste : -1]
     total = category.sum(dim=1, keepdim=True).clamp(min=1e-6)
@@ -68,7 +72,12 @@ def observe(tables: EnvTables, state: UserState, horizon: int, reward_scale: flo
     entropy = entropy / math.log(max(share.shape[1], 2))
     # one pseudo-request without reward keeps a single lucky answer from looking certain
     mean_reward = torch.tanh(state.strategy_reward / (state.strategy_count + 1.0) / reward_scale)
-    last = torch.nn.functional.one_hot(state.last_strategy.clamp(min=0), k) * (state.last_strategy >= 0)[:, None]
+    if tables.session_requests is None:
+        progress, static = torch.zeros_like(engaged), tables.static_obs[state.start]
+    else:
+        progress = state.session_request.to(torch.float32)[:, None] / tables.session_requests
+        static = state.static_obs
+    sessions = tables.sessions[state.start] + state.session
     obs = torch.cat(
         [
             taste / engaged,
@@ -77,12 +86,15 @@ def observe(tables: EnvTables, state: UserState, horizon: int, reward_scale: flo
             entropy,
             state.unrewarded[:, None] / 10.0,
             state.request.to(torch.float32)[:, None] / horizon,
-            torch.full((rows, 1), cost_weight / (1.0 + cost_weight), device=state.start.device),
+            progress,
+            torch.log1p(sessions)[:, None] / math.log1p(100.0),
+            (state.cost_weight / (1.0 + state.cost_weight))[:, None],
+            torch.full_like(engaged, latency_weight / (1.0 + latency_weight)),
             torch.tanh(state.last_reward / reward_scale)[:, None],
-            last.to(torch.float32),
+            state.last_share,
             torch.log1p(state.strategy_count) / math.log1p(horizon),
             mean_reward,
-            tables.static_obs[state.start],
+            static,
         ],
         dim=1,
     )

@@ -1,9 +1,9 @@
-"""`MetaRec/Select-v0` as a single Gymnasium environment: a batch of one."""
+"""`MetaRec/Select-v0`, `Blend-v0` and `Slots-v0` as single Gymnasium environments: a batch of one."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, SupportsInt
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -13,7 +13,7 @@ from metarec_gym.envs.vector_env import MetaRecVectorEnv
 from metarec_gym.world import World
 
 
-class MetaRecEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
+class MetaRecEnv(gymnasium.Env[NDArray[np.float32], Any]):
     """One simulated user at a time. Spaces, reward and endings: see `MetaRecVectorEnv`, of which this is one row.
 
     `MetaRecEnv` seeded s + i equals row i of the vector environment seeded s.
@@ -24,28 +24,14 @@ class MetaRecEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
     def __init__(
         self,
         world: World | str | Path | None = None,
-        fold: str = "A",
-        horizon: int | None = None,
-        slate_size: int | None = None,
-        cost_weight: float = 0.0,
-        world_seed: int = 0,
-        unavailable: tuple[str, ...] | list[str] = (),
+        *,
         device: str = "cpu",
         render_mode: None = None,
+        **settings: Any,
     ) -> None:
         """Arguments as in `MetaRecVectorEnv`."""
         self._batch = MetaRecVectorEnv(
-            1,
-            world=world,
-            fold=fold,
-            horizon=horizon,
-            slate_size=slate_size,
-            cost_weight=cost_weight,
-            world_seed=world_seed,
-            unavailable=unavailable,
-            device=device,
-            autoreset_mode="Disabled",
-            render_mode=render_mode,
+            1, world=world, device=device, autoreset_mode="Disabled", render_mode=render_mode, **settings
         )
         self.render_mode = render_mode
         self.observation_space = self._batch.single_observation_space
@@ -73,13 +59,13 @@ class MetaRecEnv(gymnasium.Env[NDArray[np.float32], np.int64]):
         obs, info = self._batch.reset(seed=seed, options=batch)
         return obs[0], self._one(info)
 
-    def step(self, action: SupportsInt) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Serves one request by strategy `action`; see `MetaRecVectorEnv.step`."""
-        obs, reward, terminated, truncated, info = self._batch.step(np.array([int(action)]))
+    def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Serves one request; see `MetaRecVectorEnv.step`."""
+        obs, reward, terminated, truncated, info = self._batch.step(np.asarray(action)[None])
         return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), self._one(info)
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Available strategies, bool (K,)."""
+        """Available strategies, bool (K,), in Slots (slate_size * K,)."""
         masks: NDArray[np.bool_] = self._batch.action_masks()[0]
         return masks
 

@@ -1,4 +1,4 @@
-"""`MetaRec/Select-v0`, batched: each action chooses the strategy that serves the next slate of one simulated user."""
+"""`MetaRec/Select-v0`, `Blend-v0` and `Slots-v0`, batched: an action says which strategies serve a simulated user next."""
 
 from __future__ import annotations
 
@@ -14,33 +14,50 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from metarec_gym.envs.actions import Plan, next_unshown
 from metarec_gym.envs.config import EnvConfig
-from metarec_gym.envs.dynamics import advance, first_unshown, serve, slate_probs
+from metarec_gym.envs.dynamics import Served, advance, depth_of, lists_of, plan, serve, silenced, slate_probs
+from metarec_gym.envs.episodes import Episodes, pinned, row_mask, row_seeds, start_rows
+from metarec_gym.envs.infos import request_facts, state_facts
 from metarec_gym.envs.observation import bounds, feature_slices, observe
+from metarec_gym.envs.sessions import check_ranker, start_sessions
 from metarec_gym.envs.user_state import EnvTables, UserState, choose_rows, fresh_rows, make_tables
 from metarec_gym.response.frozen import ROW_MULTIPLE, joint_probs
-from metarec_gym.seeding import fold_in, mix, uniform
 from metarec_gym.world import World, resolve_world
 
 Mode = Literal["NextStep", "SameStep", "Disabled"]
-_START_DRAW, _EPISODE_DRAW, _NOISE_DRAW = 1, 2, 3
 
 
 class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
-    """Simulated users choose from slates; the action is the strategy that serves the slate.
+    """Simulated users choose from slates; the action says which strategies fill the slate.
 
     ## Description
     Every row is one user of the world's fold, met at a start state drawn from the log (cold users included). Each step is one
-    request: the chosen strategy serves the next items of its ranked list that were not shown yet, the frozen judge says what
-    the user does, and the reward is what those outcomes are worth, less serving cost. Lists are ranked at session start from
-    the history before it; inside an episode (one session) they are only filtered.
+    request: the strategies that the action names serve the next items of their ranked lists that were not shown yet, the frozen
+    judge says what the user does, and the reward is what those outcomes are worth, less serving cost. Lists are ranked when a
+    session starts, from the history before it; inside a session they are only filtered.
+
+    An episode is one session, or, with `session_requests=n`, several: after n requests, or when the user leaves, the user goes,
+    and comes back after a time that the judge's return model draws (a day, and surely, where the log does not say when users come
+    back). Then the clock moves, boredom and fatigue are over, and every strategy ranks again from what the user has taken by now.
+    Requests themselves take no time. Items shown in an episode are not shown in it again. The gap before the episode's first
+    session counts as the last gap of the history.
+
+    Each episode meets one member of the judge's ensemble. Draws hang on the episode, request, item and outcome, never on
+    strategy, place or action: the same item in the same state and place gets the same answer, whoever shows it.
 
     ## Actions
-    `Discrete(K)`: index of the strategy in `world.strategies`.
+    | id | space | meaning |
+    |---|---|---|
+    | `MetaRec/Select-v0` | `Discrete(K)` | k: `world.strategies[k]` serves the slate |
+    | `MetaRec/Blend-v0` | `Box(-1, 1, (K,))` | weights (a + 1) / 2 of a rank fusion of all lists |
+    | `MetaRec/Slots-v0` | `MultiDiscrete([K] * slate_size)` | the strategy of each place of the slate |
 
-    | action | meaning |
-    |---|---|
-    | k | `world.strategies[k]` serves the slate; if it is unavailable (see `action_mask`), the slate is empty |
+    In Blend values outside the box are cut off, and weights that are all 0 ask every strategy alike; `EnvConfig.fusion` says how
+    ranks score. Slots is a team draft: a place takes its strategy's first unshown item that no place before it took.
+    Strategies out of service (see `info["action_mask"]`, int8 (num_envs, K)) serve nothing: an empty slate in Select, an empty
+    place in Slots, no say in Blend. `action_masks()` gives the mask as sb3-contrib wants it: (num_envs, K), in Slots
+    (num_envs, slate_size * K). Where outages leave no strategy, the first scheduled one of the pool is held in service.
 
     ## Observations
     `Box(-1, 1, (obs_dim,), float32)`; `feature_slices` names the blocks.
@@ -51,32 +68,43 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
     | history_length | 1 | 0..1 | log(1 + items taken) / log(1001), clipped |
     | popularity_affinity | 1 | 0..1 | mean popularity percentile of those items |
     | category_entropy | 1 | 0..1 | entropy of their categories over its maximum |
-    | unrewarded_requests | 1 | 0..1 | requests since an item was taken, in tens, clipped |
+    | unrewarded_requests | 1 | 0..1 | requests of the session since an item was taken, in tens, clipped |
     | request_fraction | 1 | 0..1 | requests served over the horizon |
+    | session_fraction | 1 | 0..1 | requests of the session over `session_requests`; 0 in episodes of one session |
+    | sessions | 1 | 0..1 | log(1 + sessions before this one, history included) / log(101), clipped |
     | cost_weight | 1 | 0..1 | w / (1 + w) |
+    | latency_weight | 1 | 0..1 | w / (1 + w) |
     | last_reward | 1 | -1..1 | tanh(reward of the last request / typical reward) |
-    | last_strategy | K | 0..1 | one-hot, zeros before the first request |
-    | strategy_count | K | 0..1 | log(1 + requests served) / log(1 + horizon), by strategy |
-    | strategy_mean_reward | K | -1..1 | tanh(sum of rewards / (count + 1) / typical reward), by strategy |
-    | recent_gap | 1 | 0..1 | log time between the last two events of the history, a year = 1 |
+    | last_strategy | K | 0..1 | shares in the last request (Select: one-hot), zeros before the first |
+    | strategy_count | K | 0..1 | log(1 + requests served, by shares) / log(1 + horizon), by strategy |
+    | strategy_mean_reward | K | -1..1 | tanh(sum of credited rewards / (count + 1) / typical reward), by strategy |
+    | recent_gap | 1 | 0..1 | log time between the history's last two events, later between the last two sessions; a year = 1 |
     | list_popularity | K | 0..1 | mean popularity percentile of each strategy's first 20 items at session start |
     | list_agreement | K | 0..1 | mean share of those items that another strategy's first 20 hold |
     | list_similarity | K | -1..1 | mean cosine between those items and the taste at session start |
 
+    A share is 1 for the strategy of Select, weight over sum of weights in Blend, places over slate size in Slots. Rewards are
+    credited by shares; in Slots each strategy is credited with the outcomes of its own places and pays its own cost.
+
     ## Reward
-    `sum over items and outcomes of weight * happened - cost_weight * cost[action]`; weights are the world's, cost is relative to
-    the dearest strategy. The parts are in `info` as `reward_<outcome>` and `reward_cost`.
+    `sum over items and outcomes of weight * happened - cost_weight * sum of cost[k] - latency_weight * max of latency[k]
+    + retention_weight * (session ends here and the user is back within retention_days)`, over the strategies k asked: the one of
+    Select, those with weight above 1e-6 of Blend, each distinct one of Slots, in service or not. Weights are the world's, cost is
+    relative to the dearest strategy, latency (measured, so two builds of a world differ) to the slowest. The parts are in `info`
+    as `reward_<outcome>`, `reward_cost`, `reward_latency`, `reward_retention`.
 
     ## Episode end
-    `terminated`: the user left (the judge's hazard; never in worlds whose log cannot identify leaving). `truncated`: `horizon`
-    requests were served.
+    `terminated`: the user left (the judge's hazard; never in worlds whose log cannot identify leaving); in episodes of several
+    sessions leaving ends the session, and `terminated` says that the user did not come back within the last edge of the return
+    model. `truncated`: `horizon` requests were served.
 
     ## Arguments
-    See `__init__`. `reset(options=...)` takes `reset_mask` (bool (num_envs,)), `start_state` (indices into the world's start
-    states) and `noise` (int64: rows with equal start state, noise and environment seed meet equal draws under any policy).
+    See `__init__` and `EnvConfig`. `reset(options=...)` takes `reset_mask` (bool (num_envs,)), `start_state` (indices into the
+    world's start states) and `noise` (int64: rows with equal start state, noise and environment seed meet equal draws under any
+    policy).
 
     ## Registered ids
-    `MetaRec/Select-v0` (`gymnasium.make` gives the single environment, `make_vec` this one).
+    `MetaRec/Select-v0`, `MetaRec/Blend-v0`, `MetaRec/Slots-v0` (`gymnasium.make`: the single environment, `make_vec`: this one).
 
     ## Version history
     v0: first release.
@@ -88,30 +116,20 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
         self,
         num_envs: int = 1,
         world: World | str | Path | None = None,
-        fold: str = "A",
-        horizon: int | None = None,
-        slate_size: int | None = None,
-        cost_weight: float = 0.0,
-        world_seed: int = 0,
-        unavailable: Sequence[str] = (),
+        *,
         device: str = "cpu",
         output: Literal["numpy", "torch"] = "numpy",
         autoreset_mode: Mode | AutoresetMode = "NextStep",
         max_episode_steps: int | None = None,
         record_statistics: bool = False,
         render_mode: None = None,
+        **settings: Any,
     ) -> None:
         """Makes `num_envs` rows.
 
         Args:
             num_envs: Rows.
             world: A World, its folder (keeps specs JSON-able), or None for the synthetic default.
-            fold: "A" or "B".
-            horizon: Requests until truncation; None = the world's.
-            slate_size: Items a request; None = the world's.
-            cost_weight: Reward lost for the relative serving cost.
-            world_seed: Which draw of the users' tastes.
-            unavailable: Strategies out of service.
             device: "cpu", "cuda", "cuda:1" ...
             output: Arrays or tensors out; both are accepted in.
             autoreset_mode: One of Gymnasium's three.
@@ -119,9 +137,11 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
             record_statistics: Adds `info["episode"]` with `r`, `l`, `t` at episode ends; leave it off under Gymnasium's
                 RecordEpisodeStatistics, which refuses a second one.
             render_mode: There is nothing to render.
+            **settings: Fields of `EnvConfig`: fold, action, horizon, cost_weight, session_requests ...
 
         Raises:
             ValueError: When a setting does not fit the world.
+            TypeError: When there is no such setting.
             FileNotFoundError: When `world` names a folder without a world.
         """
         if num_envs < 1:
@@ -131,14 +151,9 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
         if render_mode is not None:
             raise ValueError(f"render_mode is {render_mode!r}, but there is nothing to render; leave it None")
         self.world = resolve_world(world)
-        self.config = EnvConfig(
-            fold=fold,
-            horizon=horizon if max_episode_steps is None else max_episode_steps,
-            slate_size=slate_size,
-            cost_weight=cost_weight,
-            world_seed=world_seed,
-            unavailable=tuple(unavailable),
-        )
+        if max_episode_steps is not None:
+            settings["horizon"] = max_episode_steps
+        self.config = EnvConfig.of(settings)
         self.horizon, self.slate_size = self.config.resolve(self.world)
         self.num_envs = num_envs
         self.device = torch.device(device)
@@ -155,25 +170,34 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
         self.single_observation_space = gymnasium.spaces.Box(
             np.array(low, dtype=np.float32), np.array(high, dtype=np.float32), dtype=np.float32
         )
-        self.single_action_space = gymnasium.spaces.Discrete(self.world.n_strategies)
+        self.single_action_space = self._action_space()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         # every batch is padded to full blocks of rows, so that a row has the same bits in any batch
         self._rows = num_envs + (-num_envs % ROW_MULTIPLE)
-        self._tables: EnvTables = make_tables(self.world, self.config, self.device)
-        self._response = self.world.responses[fold].to(self.device)
+        self._tables: EnvTables = make_tables(self.world, self.config, self.horizon, self.slate_size, self.device)
+        if self.config.session_requests is not None:
+            check_ranker(self.world, self._tables)
+        self._judge = self.world.judge(self.config.fold, self.config.judge).to(self.device)
         self._reward_scale = self.world.reward_scale * self.slate_size
         index = torch.arange(self._rows, device=self.device)
         self._all = torch.ones(self._rows, dtype=torch.bool, device=self.device)
-        self._row_seed = index.clone()
+        self._exists = index < num_envs
         self._seeded = False
-        self._episode = torch.zeros_like(index)
+        self._episodes = Episodes(index.clone(), torch.zeros_like(index[:1]), torch.zeros_like(index))
         self._return = torch.zeros(self._rows, device=self.device)
         self._length = torch.zeros_like(index)
         self._state: UserState | None = None
-        self._deepest = 0
         self.expected_reward: Tensor = torch.zeros(num_envs, device=self.device)
-        """float32 (num_envs,): mean of the last reward over the draws; privileged, for evaluation only."""
+        """float32 (num_envs,): mean of the last reward over the draws (retention: given what was taken); privileged."""
+
+    def _action_space(self) -> gymnasium.Space[Any]:
+        strategies = self.world.n_strategies
+        if self.config.action == "blend":
+            return gymnasium.spaces.Box(-1.0, 1.0, (strategies,), dtype=np.float32)
+        if self.config.action == "slots":
+            return gymnasium.spaces.MultiDiscrete([strategies] * self.slate_size)
+        return gymnasium.spaces.Discrete(strategies)
 
     # ------------------------------------------------------------------------------------------ reset
     def reset(
@@ -194,99 +218,49 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
         """
         super().reset(seed=seed if isinstance(seed, int) else None)
         options = dict(options or {})
-        mask = self._row_mask(options.get("reset_mask"))
+        mask = row_mask(options.get("reset_mask"), self.num_envs, self._rows, self.device)
+        if self._state is None and not bool(mask[: self.num_envs].all()):
+            raise ValueError("the first reset must start every row; call reset() without reset_mask first")
         if seed is not None or not self._seeded:
-            self._seed_rows(seed, mask)
+            given = int(self.np_random.integers(2**62)) if seed is None else seed
+            self._episodes = self._episodes.seeded(row_seeds(given, self.num_envs, self._rows, self.np_random), mask)
+            self._seeded = True
         elif self._state is not None:
-            self._episode = torch.where(mask, self._episode + 1, self._episode)
-        start = self._pinned(options.get("start_state"), "start_state")
-        noise = self._pinned(options.get("noise"), "noise")
-        self._begin(mask, start, noise)
+            self._episodes = self._episodes.next(mask)
+        start = pinned(options.get("start_state"), "start_state", self.num_envs, self._rows, self.device)
+        noise = pinned(options.get("noise"), "noise", self.num_envs, self._rows, self.device)
+        self._begin(mask, start_rows(self._tables, start, self.config.fold), noise)
         self.expected_reward = torch.zeros(self.num_envs, device=self.device)
         return self._out(self._observe()), self._info()
 
-    def _row_mask(self, given: Any) -> Tensor:
-        if given is None:
-            return torch.ones(self._rows, dtype=torch.bool, device=self.device)
-        mask = torch.as_tensor(given, device=self.device)
-        if mask.shape != (self.num_envs,) or mask.dtype != torch.bool:
-            raise ValueError(
-                f"reset_mask has shape {tuple(mask.shape)} and dtype {mask.dtype}, expected bool ({self.num_envs},)"
-            )
-        if self._state is None and not bool(mask.all()):
-            raise ValueError("the first reset must start every row; call reset() without reset_mask first")
-        return torch.cat([mask, mask.new_zeros(self._rows - self.num_envs)])
-
-    def _pinned(self, given: Any, name: str) -> Tensor | None:
-        if given is None:
-            return None
-        value = torch.as_tensor(given, device=self.device).to(torch.int64)
-        if value.shape != (self.num_envs,):
-            raise ValueError(f"options[{name!r}] has shape {tuple(value.shape)}, expected ({self.num_envs},)")
-        value = torch.cat([value, value[:1].expand(self._rows - self.num_envs)])
-        if name == "start_state":
-            count = self._tables.start_row.shape[0]
-            if bool(((value < 0) | (value >= count)).any()):
-                raise ValueError(f"options['start_state'] must lie in 0..{count - 1}, the world's start states")
-            value = self._tables.start_row[value]
-            if bool((value < 0).any()):
-                raise ValueError(
-                    f"options['start_state'] names start states of the other fold; this environment simulates fold "
-                    f"{self.config.fold}: see World.starts_of({self.config.fold!r})"
-                )
-        return value
-
-    def _seed_rows(self, seed: int | Sequence[int | None] | None, mask: Tensor) -> None:
-        if seed is None:
-            seed = int(self.np_random.integers(2**62))
-        if isinstance(seed, int):
-            # Python integers of any size: reduce before the signed 64-bit tensor sees them
-            seeds = [(seed + i) % 2**63 for i in range(self._rows)]
-        else:
-            if len(seed) != self.num_envs:
-                raise ValueError(f"seed has {len(seed)} entries, expected {self.num_envs}")
-            drawn = [int(self.np_random.integers(2**62)) if s is None else int(s) % 2**63 for s in seed]
-            seeds = drawn + [0] * (self._rows - self.num_envs)
-        values = torch.tensor(seeds, dtype=torch.int64, device=self.device)
-        self._row_seed = torch.where(mask, values, self._row_seed)
-        self._episode = torch.where(mask, 0, self._episode)
-        self._env_key = mix(values[:1])
-        self._seeded = True
-
     def _begin(self, mask: Tensor, start: Tensor | None = None, noise: Tensor | None = None) -> None:
-        """Starts the next episode in the rows of `mask` (bool (rows,))."""
-        key = mix(self._row_seed)
-        if start is None:
-            draw = uniform(fold_in(fold_in(key, _START_DRAW), self._episode)).to(torch.float64)
-            start = (draw * len(self._tables.user)).to(torch.int64)
-        user = self._tables.user[start]
-        if noise is None:
-            draw_key = fold_in(fold_in(fold_in(key, _EPISODE_DRAW), user), self._episode)
-        else:
-            draw_key = fold_in(fold_in(fold_in(self._env_key, _NOISE_DRAW), user), noise)
+        """Starts the episodes of the rows of `mask` (bool (rows,))."""
+        start, draw_key = self._episodes.draw(self._tables, start, noise)
         if self._state is None:
             shown = torch.zeros(self._rows, self.world.n_items + 1, dtype=torch.uint8, device=self.device)
         else:
             shown = self._state.shown
             shown.masked_fill_(mask[:, None], 0)
         shown[:, -1] = 1
-        fresh = fresh_rows(self._tables, start, draw_key, shown)
+        fresh = fresh_rows(self._tables, start, draw_key, shown, self.horizon * self.slate_size)
         self._state = fresh if self._state is None else choose_rows(mask, fresh, self._state)
         self._return = torch.where(mask, 0.0, self._return)
         self._length = torch.where(mask, 0, self._length)
-        self._deepest = int(self._state.request.max()) if self.device.type == "cpu" else self.horizon
 
     # ------------------------------------------------------------------------------------------ step
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Serves one request in every row.
 
         Args:
-            actions: Integers (num_envs,) in [0, K): array or tensor.
+            actions: As the action space, batched: integers (num_envs,), numbers (num_envs, K) or integers (num_envs, slate_size);
+                array or tensor.
 
         Returns:
             Observations, rewards (float32), terminations and truncations (bool), infos: `action_mask`, `user`, `start_state`,
-            `request`, `slate`, `outcomes`, `reward_<outcome>`, `reward_cost`, each with its `_<key>` mask. Rows that had ended
-            before this step serve nothing: in next-step mode they are reset, in disabled mode they stay ended, reward 0.
+            `request`, `slate`, `outcomes`, `reward_<outcome>`, `reward_cost`, `reward_latency`, `reward_retention`, in Slots
+            `slot_strategy`, in Blend `strategy_weights`, in episodes of several sessions `session`, `session_ended` and
+            `away_hours` (inf = stays away), each with its `_<key>` mask. Rows that had ended before this step serve nothing: in
+            next-step mode they are reset, in disabled mode they stay ended, reward 0.
 
         Raises:
             RuntimeError: When `reset` was not called.
@@ -297,34 +271,24 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
             raise RuntimeError("step was called before reset; call env.reset(seed=...) first")
         action = self._actions(actions)
         idle = state.terminated | state.truncated
-        depth = min(self._tables.lists.shape[2], self.slate_size * (self._deepest + 1))
-        served = serve(self._tables, self._response, state, action, self.slate_size, depth)
-        moved = advance(self._tables, self._response, state, action, served, self.horizon)
+        planned = plan(self._tables, self.config, state, action, self.slate_size, self._deepest(state))
+        served = serve(self._tables, self._judge, self.config, state, planned)
+        moved = advance(self._tables, self._judge, state, planned, served, self.horizon)
         any_idle = bool(idle.any())
         if any_idle:
             moved = choose_rows(~idle, moved, state)
-            active = ~idle
-            served = replace(
-                served,
-                slate=torch.where(active[:, None], served.slate, -1),
-                outcomes=served.outcomes & active[:, None, None],
-                reward=served.reward * active,
-                parts=served.parts * active[:, None],
-                cost=served.cost * active,
-                expected_reward=served.expected_reward * active,
-            )
-        self._state = moved
-        self._deepest = min(self._deepest + 1, self.horizon - 1)
+            served = silenced(served, ~idle)
         self._return = self._return + served.reward
         self._length = self._length + (~idle)
         self.expected_reward = served.expected_reward[: self.num_envs]
         terminated, truncated = moved.terminated, moved.truncated
         ended = (terminated | truncated) & ~idle
-        info = self._info(served)
+        self._state = self._next_sessions(moved, served, served.session_ends & ~ended)
+        info = self._info(served, planned)
         if self.record_statistics:
             self._add_statistics(info, ended)
         if self.autoreset_mode is AutoresetMode.NEXT_STEP and any_idle:
-            self._episode = self._episode + idle
+            self._episodes = self._episodes.next(idle)
             self._begin(idle)
             terminated, truncated = terminated & ~idle, truncated & ~idle
             info = self._refresh_info(info)
@@ -333,7 +297,7 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
             self._add(info, "final_obs", self._out(final_obs), ended)
             final = {k: v for k, v in info.items() if not k.endswith("final_obs")}
             self._add(info, "final_info", final, ended)
-            self._episode = self._episode + ended
+            self._episodes = self._episodes.next(ended)
             self._begin(ended)
             info = self._refresh_info(info)
         return (
@@ -344,17 +308,38 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
             info,
         )
 
+    def _next_sessions(self, state: UserState, served: Served, starts: Tensor) -> UserState:
+        if self._tables.session_requests is None:
+            return state
+        rows = torch.nonzero(starts & self._exists)[:, 0]
+        if len(rows) == 0:
+            return state
+        return start_sessions(self.world, self._tables, state, rows, served.away_hours[rows])
+
+    def _deepest(self, state: UserState) -> int:
+        """Most requests that a row's session has served; on CUDA, where looking would wait for the device, the most possible."""
+        if self.device.type != "cpu":
+            return self.horizon
+        served = state.request if self._tables.session_requests is None else state.session_request
+        return int(served[: self.num_envs].max())
+
     def _actions(self, actions: Any) -> Tensor:
         action = torch.as_tensor(actions, device=self.device)
-        if action.shape != (self.num_envs,) or action.dtype.is_floating_point:
+        shape = (self.num_envs, *(self.single_action_space.shape or ()))
+        whole = self.config.action != "blend"
+        if action.shape != shape or (whole and (action.dtype.is_floating_point or action.dtype == torch.bool)):
+            kind = "integers" if whole else "numbers in [-1, 1]"
             raise ValueError(
-                f"actions have shape {tuple(action.shape)} and dtype {action.dtype}, expected integers ({self.num_envs},)"
+                f"actions have shape {tuple(action.shape)} and dtype {action.dtype}, expected {kind} {shape}"
             )
-        action = action.to(torch.int64)
+        action = action.to(torch.int64 if whole else torch.float32)
         # on CUDA the check would wait for the device; an index out of range fails there in the gather itself
-        if self.device.type == "cpu" and bool(((action < 0) | (action >= self.world.n_strategies)).any()):
-            raise ValueError(f"actions must lie in 0..{self.world.n_strategies - 1}, got {action.tolist()[:8]}")
-        return torch.cat([action, action.new_zeros(self._rows - self.num_envs)])
+        if self.device.type == "cpu":
+            if whole and bool(((action < 0) | (action >= self.world.n_strategies)).any()):
+                raise ValueError(f"actions must lie in 0..{self.world.n_strategies - 1}, got {action.tolist()[:8]}")
+            if not whole and bool(torch.isnan(action).any()):
+                raise ValueError("actions hold values that are not a number; the policy that gave them has diverged")
+        return torch.cat([action, action.new_zeros(self._rows - self.num_envs, *shape[1:])])
 
     # ------------------------------------------------------------------------------------------ outputs
     def _current(self) -> UserState:
@@ -363,7 +348,7 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
         return self._state
 
     def _observe(self) -> Tensor:
-        return observe(self._tables, self._current(), self.horizon, self._reward_scale, self.config.cost_weight)
+        return observe(self._tables, self._current(), self.horizon, self._reward_scale, self.config.latency_weight)
 
     def _out(self, value: Tensor) -> Any:
         """The rows that exist, as the caller wants them; never a view of memory that changes later."""
@@ -373,19 +358,13 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
     def _add(self, info: dict[str, Any], key: str, value: Any, rows: Tensor | None = None) -> None:
         info[key], info[f"_{key}"] = value, self._out((self._all if rows is None else rows).clone())
 
-    def _info(self, served: Any = None) -> dict[str, Any]:
-        state = self._current()
+    def _info(self, served: Served | None = None, planned: Plan | None = None) -> dict[str, Any]:
+        facts = state_facts(self._tables, self._current())
+        if served is not None and planned is not None:
+            facts |= request_facts(self._tables, self.world.outcomes, self.config.action, planned, served)
         info: dict[str, Any] = {}
-        self._add(info, "action_mask", self._out(self._mask().to(torch.int8)))
-        self._add(info, "user", self._out(self._tables.user[state.start]))
-        self._add(info, "start_state", self._out(self._tables.start_index[state.start]))
-        self._add(info, "request", self._out(state.request.clone()))
-        if served is not None:
-            self._add(info, "slate", self._out(served.slate))
-            self._add(info, "outcomes", self._out(served.outcomes))
-            for index, name in enumerate(self.world.outcomes):
-                self._add(info, f"reward_{name}", self._out(served.parts[:, index].clone()))
-            self._add(info, "reward_cost", self._out(-served.cost))
+        for key, value in facts.items():
+            self._add(info, key, self._out(value))
         return info
 
     def _refresh_info(self, info: dict[str, Any]) -> dict[str, Any]:
@@ -397,42 +376,52 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
             numbers = {"r": self._return, "l": self._length, "t": torch.zeros_like(self._return)}
             self._add(info, "episode", {k: self._out(v.clone()) for k, v in numbers.items()}, ended)
 
-    def _mask(self) -> Tensor:
-        return self._tables.available[None, :].expand(self._rows, -1).clone()
-
     def action_masks(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Available strategies, bool (num_envs, K); the name that sb3-contrib's MaskablePPO asks for."""
-        masks: np.ndarray[Any, np.dtype[np.bool_]] = self._mask()[: self.num_envs].cpu().numpy()
-        return masks
+        """Available strategies, bool (num_envs, K), in Slots (num_envs, slate_size * K); for sb3-contrib's MaskablePPO."""
+        service = self._tables.service[:1].expand(self.num_envs, -1)
+        available = service if self._state is None else self._state.available[: self.num_envs]
+        masks: np.ndarray[Any, np.dtype[np.bool_]] = available.cpu().numpy().copy()
+        return np.tile(masks, (1, self.slate_size)) if self.config.action == "slots" else masks
 
     # ------------------------------------------------------------------------------------------ privileged and state
     def peek_expected_rewards(self) -> Tensor:
-        """Expected reward of the next request under every strategy; float32 (num_envs, K). Privileged: for oracles only."""
-        state, strategies = self._current(), self.world.n_strategies
-        depth = min(self._tables.lists.shape[2], self.slate_size * (self._deepest + 1))
-        lists = self._tables.lists[state.start, :, :depth]
-        slates = torch.stack(
-            [first_unshown(lists[:, k], state.shown, self.slate_size) for k in range(strategies)], dim=1
-        )
+        """Expected reward of the next request if one strategy filled the slate, without retention; float32 (num_envs, K).
+
+        Privileged: for oracles only.
+        """
+        state, tables = self._current(), self._tables
+        depth = depth_of(tables, self._deepest(state), self.slate_size, "select")
+        slates = next_unshown(lists_of(tables, state, None, depth), state.shown, self.slate_size)
         values = []
-        for k in range(strategies):
-            probs = slate_probs(self._tables, self._response, state, slates[:, k])
-            values.append((joint_probs(probs) * self._tables.outcome_weights).sum(dim=(1, 2)))
-        value = torch.stack(values, dim=1) - self._tables.cost
+        for k in range(self.world.n_strategies):
+            probs = slate_probs(tables, self._judge, state, slates[:, k])
+            values.append((joint_probs(probs) * tables.outcome_weights).sum(dim=(1, 2)))
+        price = tables.cost * state.cost_weight[:, None] + tables.latency
         # an unavailable strategy would serve nothing and still cost
-        return torch.where(self._tables.available, value, -self._tables.cost)[: self.num_envs]
+        return (torch.where(state.available, torch.stack(values, dim=1), 0.0) - price)[: self.num_envs]
+
+    def peek_sampled_rewards(self) -> Tensor:
+        """Reward that the next request would bring if one strategy filled the slate; float32 (num_envs, K). Privileged.
+
+        The entry of the strategy that then serves is what `step` returns: the same item meets the same draw.
+        """
+        state, select, rewards = self._current(), replace(self.config, action="select"), []
+        for k in range(self.world.n_strategies):
+            action = torch.full_like(state.start, k)
+            planned = plan(self._tables, select, state, action, self.slate_size, self._deepest(state))
+            rewards.append(serve(self._tables, self._judge, select, state, planned).reward)
+        return torch.stack(rewards, dim=1)[: self.num_envs]
 
     def get_state(self) -> dict[str, Tensor]:
         """Everything that decides what comes next, as named tensors; `set_state` continues from it exactly."""
-        state = self._current()
+        episodes = self._episodes
         return {
-            **{f"user.{name}": value for name, value in state.to_dict().items()},
-            "row_seed": self._row_seed.clone(),
-            "env_key": self._env_key.clone(),
-            "episode": self._episode.clone(),
+            **{f"user.{name}": value for name, value in self._current().to_dict().items()},
+            "row_seed": episodes.row_seed.clone(),
+            "env_key": episodes.env_key.clone(),
+            "episode": episodes.episode.clone(),
             "return": self._return.clone(),
             "length": self._length.clone(),
-            "deepest": torch.tensor(self._deepest),
         }
 
     def set_state(self, saved: dict[str, Tensor]) -> Any:
@@ -446,8 +435,8 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
             raise ValueError(f"the saved state has {rows} rows, this environment {self._rows}; use the same num_envs")
         here = {name: value.to(self.device).clone() for name, value in saved.items()}
         self._state = UserState(**{n.removeprefix("user."): v for n, v in here.items() if n.startswith("user.")})
-        self._row_seed, self._env_key, self._episode = here["row_seed"], here["env_key"], here["episode"]
-        self._return, self._length, self._deepest = here["return"], here["length"], int(here["deepest"])
+        self._episodes = Episodes(here["row_seed"], here["env_key"], here["episode"])
+        self._return, self._length = here["return"], here["length"]
         self._seeded = True
         return self._out(self._observe())
 
