@@ -3,7 +3,8 @@
     python -m experiments.compare --world worlds/movielens_100k --agents all
 
 Learned policies are trained on fold A and scored on fold B, then the other way round. Finished trainings and plays are found
-by content hash and not repeated; a killed run goes on where it was and ends with the same numbers.
+by content hash and not repeated; a killed run goes on where it was and ends with the same numbers. Where the world has a
+judge of a second family, every choice is scored again by it: a lift whose sign it turns round is called model-dependent.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from experiments.headroom import PLAY_CODE, load_world, measure, world_line
+from experiments.env_settings import env_pairs, training_settings
+from experiments.headroom import PLAY_CODE, load_world, measure, settings_of, world_line
 from experiments.run_folder import RunFolder, code_hash, command_line, content_hash, versions, write_atomic
-from experiments.train import LEARNERS
+from experiments.train import LEARNERS, SELECT_ID
 from experiments.train import Args as TrainArgs
 from experiments.train import run_folder as train_folder
 from metarec_gym.evaluation.headroom import FOLDS, EvalSettings
@@ -36,6 +38,16 @@ BANDITS = {"epsilon_greedy": 1, "ucb1": 1, "thompson": 1, "linucb": 5, "populati
 """Bandits and their training seeds; the first three learn inside the episode alone and have nothing to seed."""
 BANDIT_ENVS = 2048
 """Users served at once while a bandit learns; LinUCB solves its models once for all of them."""
+RESCORE_REPLICATES = 2
+"""Replicates of the main table that the second judge scores again: enough for a sign, a quarter of the time."""
+TRAIN_REPLICATES = 1
+"""Replicates that learned policies play on their training users, to show how much better they look there."""
+SECOND = "second"
+"""The judge of another family."""
+SECOND_NOTE = (
+    "Second judge: a response model of another family, fitted to the same users' events, scores the same choices again on {} "
+    "replicates. A sure lift whose sign it turns round is model-dependent."
+)
 PRIOR_REQUESTS = 50_000
 """Requests to training users that tell the per-user bandits how large and how noisy rewards are."""
 
@@ -54,6 +66,16 @@ class Args:
     """Requests that each training run learns from, the same for every learner."""
     evaluation: EvalSettings = field(default_factory=EvalSettings)
     """How policies are played."""
+    session_requests: int | None = None
+    """Requests a session: episodes then span several sessions, lists are ranked again at the start of each (slow: think of
+    --no-look). None: the whole episode is one session."""
+    judge: str = "main"
+    """Which of the fold's judges scores: main, second (another family), uniform or popularity (other samplers); the main one
+    trains in any case."""
+    env: tuple[str, ...] = ()
+    """Further settings of the environment, KEY=VALUE each (JSON values), for training and playing."""
+    rescore: bool = True
+    """Score everything again by a judge of another family, where the world has one."""
     seed_base: int = 0
     """First training seed."""
     workers: int = 2
@@ -85,14 +107,29 @@ def play_policy(path: str, **kwargs: Any) -> Arrays:
     return play_task(player=MlpPolicy.load(path).to(kwargs["device"]), **kwargs)
 
 
-def play_bandit(name: str, train_fold: str, seed: int, requests: int, **kwargs: Any) -> Arrays:
-    """Task: learns what the bandit can learn from training users, then plays it; it goes on learning in each episode."""
+def play_bandit(
+    name: str, train_fold: str, seed: int, requests: int, again: dict[str, Any] | None = None, **kwargs: Any
+) -> Arrays:
+    """Task: learns what the bandit can learn from training users, then plays it; it goes on learning in each episode.
+
+    Args:
+        name: One of `BANDITS`.
+        train_fold: Whose users to learn from.
+        seed: Training seed.
+        requests: Budget.
+        again: What changes when the same bandit is played once more by the second judge; None = it is not.
+        **kwargs: Of `play_task`.
+    """
     from metarec_gym.evaluation.headroom import play_task
 
     player, seconds = make_bandit(
         name, kwargs["world"], train_fold, seed, requests, kwargs["settings"], kwargs["horizon"]
     )
-    return {**play_task(player=player, **kwargs), "seconds": np.array(seconds)}
+    arrays = {**play_task(player=player, **kwargs), "seconds": np.array(seconds)}
+    if again is not None:
+        played = play_task(player=player, **{**kwargs, **again})
+        arrays |= {f"{SECOND}.{field_name}": array for field_name, array in played.items()}
+    return arrays
 
 
 def make_bandit(
@@ -109,7 +146,7 @@ def make_bandit(
         fold: Whose users to learn from.
         seed: Training seed.
         requests: Budget.
-        settings: Slate size and cost weight.
+        settings: Slate size, cost weight and further settings of the environment; the main judge answers in any case.
         horizon: Requests an episode.
 
     Returns:
@@ -128,6 +165,7 @@ def make_bandit(
         cost_weight=settings.cost_weight,
         output="torch",
         autoreset_mode="SameStep",
+        **training_settings(settings.env),
     )
     k, draw_seed = env.world.n_strategies, stream(seed, "bandit", name, fold)
     started = time.perf_counter()
@@ -154,7 +192,7 @@ def make_bandit(
 
 class _Comparer:
     def __init__(self, args: Args) -> None:
-        self.args = args
+        self.args = args = replace(args, evaluation=settings_of(args))
         self.world = load_world(args.world)
         self.command = command_line()
         chosen = tuple(a for part in args.agents for a in part.split(",") if a)
@@ -181,6 +219,7 @@ class _Comparer:
                             horizon=headroom.horizon,
                             slate_size=args.evaluation.slate_size,
                             cost_weight=args.evaluation.cost_weight,
+                            env=(SELECT_ID, *env_pairs(training_settings(args.evaluation.env))),
                             resume=True,
                             device=args.device if agent == "ppo" else "cpu",
                             runs=args.runs,
@@ -218,54 +257,91 @@ class _Comparer:
     def workers(self) -> int:
         return 1 if self.args.device != "cpu" else min(self.args.workers, os.cpu_count() or 1)
 
+    @property
+    def second(self) -> EvalSettings | None:
+        """How the second judge scores again; None where the world has none or another judge than the main one scores."""
+        env = self.args.evaluation.env
+        there = all(f"{fold}/{SECOND}" in self.world.responses for fold in FOLDS)
+        if not there or not self.args.rescore or env.get("judge", "main") != "main":
+            return None
+        return replace(self.args.evaluation, env={**env, "judge": SECOND})
+
     # ---- playing
     def play(self, headroom: Headroom, jobs: Sequence[TrainArgs], folder: Path) -> list[PolicyPlays]:
         """Plays everything on the other fold's users and gathers it by policy."""
-        from metarec_gym.evaluation.headroom import play_task
+        from metarec_gym.evaluation.headroom import env_key, play_task
         from metarec_gym.evaluation.leaderboard import PolicyPlays
-        from metarec_gym.evaluation.rollout import Played
+        from metarec_gym.evaluation.rollout import Greedy, Played, effort_of
         from metarec_gym.evaluation.tasks import Task, run_tasks
         from metarec_gym.policy import FixedPolicy, UniformPolicy
 
-        tasks: dict[tuple[str, str, int], Task] = {}
+        tasks: dict[tuple[str, str, str, int], Task] = {}
+        few = min(RESCORE_REPLICATES, headroom.played)
+        again = {"settings": self.second, "replicates": few}
+        trained_with = training_settings(self.args.evaluation.env)
+        by_table = {
+            "main": self.args.evaluation,
+            SECOND: self.second,
+            "train": replace(self.args.evaluation, env=trained_with),
+        }
 
-        def add(name: str, test: str, seed: int, call: Callable[..., Arrays], key: str, extra: dict[str, Any]) -> None:
-            common = {
+        def add(
+            table: str, name: str, fold: str, seed: int, call: Callable[..., Arrays], key: str, extra: dict[str, Any]
+        ) -> None:
+            """`table` is "main", "second" (the same by the second judge) or "train" (on training users)."""
+            common: dict[str, Any] = {
                 "world": self.args.world,
-                "fold": test,
-                "contexts": headroom.contexts[test].tolist(),
+                "fold": fold,
+                "contexts": headroom.contexts[fold].tolist(),
                 "windows": headroom.windows,
                 "horizon": headroom.horizon,
                 "noise_base": 0,
-                "replicates": headroom.played,
-                "settings": self.args.evaluation,
+                "replicates": {"main": headroom.played, SECOND: few, "train": TRAIN_REPLICATES}[table],
+                "settings": by_table[table],
                 "device": self.args.device,
             }
             # learning costs about as much as playing, request by request
-            weight = len(headroom.contexts[test]) * headroom.played * headroom.horizon + extra.get("requests", 0)
-            tasks[name, test, seed] = Task(f"{name}_{test}_{key}".replace(" ", "_"), call, {**common, **extra}, weight)
+            effort = effort_of(extra["player"], self.world.n_strategies) if "player" in extra else 1
+            weight = len(common["contexts"]) * common["replicates"] * headroom.horizon * effort
+            weight += extra.get("requests", 0)
+            title = f"{name}_{fold}_{key}".replace(" ", "_") + ("" if table == "main" else f"_{table}")
+            tasks[table, name, fold, seed] = Task(
+                title + env_key(common["settings"].env), call, {**common, **extra}, weight
+            )
 
+        scored = ("main",) if self.second is None else ("main", SECOND)
         for job in jobs:
             trained = train_folder(job)
             test = FOLDS[1 - FOLDS.index(job.fold)]
             path = str(trained.path / "policy.safetensors")
-            add(job.agent, test, job.seed, play_policy, f"seed{job.seed}_{trained.key}", {"path": path})
+            for table, fold in (*((table, test) for table in scored), ("train", job.fold)):
+                add(table, job.agent, fold, job.seed, play_policy, f"seed{job.seed}_{trained.key}", {"path": path})
         code = code_hash(["agents/bandits.py", "experiments/compare.py"])
         for name in (a for a in self.agents if a in BANDITS):
             for seed in range(min(self.args.seeds or BANDITS[name], BANDITS[name])):
                 for train, test in (FOLDS, FOLDS[::-1]):
                     extra = {"name": name, "train_fold": train, "seed": self.args.seed_base + seed}
                     extra["requests"] = self.args.steps
-                    add(name, test, seed, play_bandit, content_hash([extra, code]), extra)
+                    key = content_hash([extra, code, self.second is None])
+                    if self.second is not None:
+                        extra["again"] = again
+                    add("main", name, test, seed, play_bandit, key, extra)
         players: dict[str, Callable[[str], Player]] = {
             "random": lambda test: UniformPolicy(),
             "SBS": lambda test: FixedPolicy(headroom.sbs[test][headroom.headline]),
             "SCHED": lambda test: headroom.sched[test].player,
             "per-user oracle": headroom.oracle_player,
         }
-        for name, make in players.items():
-            for test in FOLDS:
-                add(name, test, 0, play_task, _player_key(make(test)), {"player": make(test)})
+        # these were played for the headroom
+        others: dict[str, Callable[[str], Player]] = {
+            **{name: _always(k) for k, name in enumerate(headroom.strategies)},
+            "greedy oracle": lambda test: Greedy(),
+            **({"FIR": lambda test: headroom.fir_players[test]} if headroom.fir else {}),
+        }
+        for table in scored:
+            for name, make in (players if table == "main" else {**players, **others}).items():
+                for test in FOLDS:
+                    add(table, name, test, 0, play_task, _player_key(make(test)), {"player": make(test)})
         plays = run_tasks(
             list(tasks.values()),
             folder=folder,
@@ -273,14 +349,20 @@ class _Comparer:
             title="playing policies",
             progress=not self.args.quiet,
         )
-        found: dict[str, dict[str, list[Played]]] = {}
+        found: dict[str, dict[str, dict[str, list[Played]]]] = {"main": {}, SECOND: {}, "train": {}}
         seconds: dict[str, list[float]] = {}
-        for (name, test, _), task in sorted(tasks.items(), key=lambda item: item[0][2]):
-            by_fold = found.setdefault(name, {fold: [] for fold in FOLDS})
+
+        def keep(table: str, name: str, fold: str, arrays: Arrays) -> None:
+            found[table].setdefault(name, {f: [] for f in FOLDS})[fold].append(Played.from_arrays(arrays))
+
+        for (table, name, fold, _), task in sorted(tasks.items(), key=lambda item: item[0][3]):
             arrays = dict(plays[task.key])
             if "seconds" in arrays:
                 seconds.setdefault(name, []).append(float(arrays.pop("seconds")))
-            by_fold[test].append(Played.from_arrays(arrays))
+            more = {n.split(".", 1)[1]: arrays.pop(n) for n in [*arrays] if n.startswith(f"{SECOND}.")}
+            keep(table, name, fold, arrays)
+            if more:
+                keep(SECOND, name, fold, more)
         for job in jobs:
             seconds.setdefault(job.agent, []).append(float((train_folder(job).result() or {})["seconds"]))
         notes = {
@@ -294,17 +376,33 @@ class _Comparer:
             "ucb1": "from nothing with every user",
             "thompson": "from nothing with every user",
             "greedy oracle": "best expected reward right now",
+            "FIR": "full-information reference: told every strategy's answer after each request",
         }
-        policies = [
-            PolicyPlays(name, _kind(name), by_fold, _mean(seconds.get(name)), notes.get(name, ""))
-            for name, by_fold in found.items()
-        ]
+        main = found["main"]
         for k, strategy in enumerate(headroom.strategies):
-            by_fold = {fold: [headroom.folds[fold].strategies[k]] for fold in FOLDS}
-            policies.append(PolicyPlays(strategy, "fixed", by_fold))
-        greedy = {fold: [headroom.greedy[fold]] for fold in FOLDS}
-        policies.append(PolicyPlays("greedy oracle", "oracle", greedy, None, notes["greedy oracle"]))
-        return policies
+            main[strategy] = {fold: [headroom.folds[fold].strategies[k]] for fold in FOLDS}
+        main["greedy oracle"] = {fold: [headroom.greedy[fold]] for fold in FOLDS}
+        if headroom.fir:
+            main["FIR"] = {fold: [headroom.fir[fold]] for fold in FOLDS}
+        return [
+            PolicyPlays(
+                name,
+                _kind(name),
+                by_fold,
+                _mean(seconds.get(name)),
+                notes.get(name, ""),
+                found[SECOND].get(name),
+                # a fixed strategy is the same in both directions: its training users are the other direction's test users
+                by_fold if name in headroom.strategies else found["train"].get(name),
+            )
+            for name, by_fold in main.items()
+        ]
+
+
+def _always(strategy: int) -> Callable[[str], Player]:
+    from metarec_gym.evaluation.rollout import Fixed
+
+    return lambda test: Fixed(strategy)
 
 
 def _mean(values: list[float] | None) -> float | None:
@@ -316,7 +414,7 @@ def _kind(name: str) -> str:
         return "learned"
     if name in BANDITS:
         return "bandit"
-    return "oracle" if name.endswith("oracle") else "fixed"
+    return "oracle" if name.endswith("oracle") or name == "FIR" else "fixed"
 
 
 def _train_command(job: TrainArgs) -> str:
@@ -325,6 +423,7 @@ def _train_command(job: TrainArgs) -> str:
     for flag, value in (("--horizon", job.horizon), ("--slate-size", job.slate_size)):
         parts += [] if value is None else [flag, str(value)]
     parts += ["--cost-weight", str(job.cost_weight)] if job.cost_weight else []
+    parts += ["--env", *job.env] if job.env != (SELECT_ID,) else []
     return shlex.join([*parts, "--resume"])
 
 
@@ -370,11 +469,12 @@ def run(args: Args) -> Comparison:
     """
     from metarec_gym.evaluation.leaderboard import TRAINED, csv_text, leaderboard, markdown_table, text_table
     from metarec_gym.evaluation.report import ReportData, cautions, render
-    from metarec_gym.evaluation.verdict import decide
+    from metarec_gym.evaluation.validity import read_validity
+    from metarec_gym.evaluation.verdict import RULE, decide
 
     started = time.perf_counter()
     comparer = _Comparer(args)
-    world = comparer.world
+    args, world = comparer.args, comparer.world
     print(world_line(world), flush=True)
     headroom, headroom_run = measure(
         world,
@@ -384,9 +484,11 @@ def run(args: Args) -> Comparison:
         workers=args.workers,
         device=args.device,
         progress=not args.quiet,
-        command=f"python -m experiments.headroom --world {shlex.quote(str(args.world))}",
+        command=_headroom_command(args),
     )
     print(headroom.line(), flush=True)
+    for line in headroom.reference_lines():
+        print(line)
     for note in headroom.notes:
         print(f"note  {note}")
     jobs = comparer.training_args(headroom)
@@ -395,6 +497,7 @@ def run(args: Args) -> Comparison:
         "world": world.hash,
         "headroom": headroom_run.key,
         "agents": comparer.agents,
+        "rescored": comparer.second is not None,
         "trainings": [train_folder(job).key for job in jobs],
         "code": code_hash([*PLAY_CODE, "agents/bandits.py"]),
     }
@@ -406,12 +509,19 @@ def run(args: Args) -> Comparison:
     rows = leaderboard(policies, headroom, world.tensors["costs"].numpy())
     at = headroom.headline
     learned = {row.name: row.lift_sched[at] for row in rows if row.kind in TRAINED}
-    verdict = decide(headroom.sbs_name, headroom.headrooms(), learned, sched=headroom.sched_name)
+    second = {
+        RULE if row.name == "SCHED" else row.name: (row.lift_sbs[at], row.lift_sbs_second[at])
+        for row in rows
+        if row.lift_sbs_second and row.kind != "oracle" and row.name != "SBS"
+    }
+    verdict = decide(headroom.sbs_name, headroom.headrooms(), learned, sched=headroom.sched_name, second=second)
     checks = self_checks(policies, headroom)
 
     csv_path = write_atomic(folder.path / f"leaderboard_{world.name}.csv", csv_text(rows, headroom, world.name))
     table = markdown_table(rows, at)
-    text = f"{world_line(world)}\n\n{headroom.line()}\n\n{table}\n\n**{verdict.headline}.** {verdict.reason}\n"
+    lines = [world_line(world), headroom.line(), *headroom.reference_lines(), table]
+    lines += [SECOND_NOTE.format(min(RESCORE_REPLICATES, headroom.played))] if comparer.second is not None else []
+    text = "\n\n".join([*lines, f"**{verdict.headline}.** {verdict.reason}"]) + "\n"
     text += "".join(f"\n{caution}\n" for caution in cautions(world))
     write_atomic(folder.path / "leaderboard.md", text)
     seeds = {a: args.seeds or LEARNERS[a].seeds for a in comparer.agents if a in LEARNERS}
@@ -429,7 +539,7 @@ def run(args: Args) -> Comparison:
         "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
         "device": args.device,
     }
-    data = ReportData(world, headroom, rows, verdict, checks, provenance)
+    data = ReportData(world, headroom, rows, verdict, checks, provenance, read_validity(args.world, world.hash))
     report = write_atomic(folder.path / "report.html", render(data))
     _tensorboard(folder.path, rows, headroom)
     folder.finish(
@@ -438,6 +548,8 @@ def run(args: Args) -> Comparison:
             "responses": {fold: response.hash for fold, response in world.responses.items()},
             "seed": args.seed_base,
             "device": args.device,
+            "env": args.evaluation.env,
+            "rescored": comparer.second is not None,
             "seconds": time.perf_counter() - started,
             "headroom": headroom.to_json(),
             "verdict": vars(verdict),
@@ -451,6 +563,8 @@ def run(args: Args) -> Comparison:
     print()
     print(text_table(rows, at))
     print()
+    if comparer.second is not None:
+        print(f"note     {SECOND_NOTE.format(min(RESCORE_REPLICATES, headroom.played))}")
     for name, outcome in checks.items():
         print(f"check    {name}: {outcome}")
     print(f"verdict  {verdict.headline}. {verdict.reason}")
@@ -460,12 +574,20 @@ def run(args: Args) -> Comparison:
     return Comparison(rows, headroom, verdict, checks, folder.path)
 
 
+def _headroom_command(args: Args) -> str:
+    parts = ["python", "-m", "experiments.headroom", "--world", str(args.world)]
+    if args.evaluation.env:
+        parts += ["--env", *env_pairs(args.evaluation.env)]
+    return shlex.join(parts)
+
+
 def _row_json(row: PolicyRow, headroom: Headroom) -> dict[str, Any]:
-    names = ("value", "lift_sbs", "lift_sched", "agc_user", "agc_greedy")
-    windows = {}
+    names = ("value", "lift_sbs", "lift_sched", "agc_user", "agc_greedy", "lift_sbs_second", "value_train")
+    windows: dict[str, Any] = {}
     for index, window in enumerate(headroom.windows):
-        intervals = {name: getattr(row, name)[index] for name in names}
+        intervals = {name: getattr(row, name)[index] if getattr(row, name) else None for name in names}
         windows[window.name] = {name: None if i is None else i.to_json() for name, i in intervals.items()}
+        windows[window.name]["model_dependent"] = row.model_dependent(index) if row.lift_sbs_second else None
     return {
         "policy": row.name,
         "kind": row.kind,

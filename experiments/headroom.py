@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.env_settings import env_pairs, env_settings
 from experiments.run_folder import ENV_CODE, RunFolder, code_hash, command_line
 from metarec_gym.evaluation.headroom import EvalSettings
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from metarec_gym.evaluation.headroom import Headroom
     from metarec_gym.world import World
 
-PLAY_CODE = (*ENV_CODE, "metarec_gym/evaluation/rollout.py", "metarec_gym/evaluation/headroom.py")
+PLAY_CODE = (*ENV_CODE, *(f"metarec_gym/evaluation/{name}.py" for name in ("rollout", "references", "headroom")))
 """Code that decides what a play returns."""
 
 
@@ -33,6 +34,13 @@ class Args:
     """Folder of the world."""
     evaluation: EvalSettings = field(default_factory=EvalSettings)
     """How policies are played."""
+    session_requests: int | None = None
+    """Requests a session: episodes then span several sessions, lists are ranked again at the start of each (slow: think of
+    --no-look). None: the whole episode is one session."""
+    judge: str = "main"
+    """Which of the fold's judges answers: main, second (another family), uniform or popularity (other samplers)."""
+    env: tuple[str, ...] = ()
+    """Further settings of the environment, KEY=VALUE each (JSON values), e.g. `--env base_rate_factor=0.5 fatigue=0.3`."""
     workers: int = 2
     """Processes, one core each."""
     device: str = "cpu"
@@ -41,6 +49,17 @@ class Args:
     """Folder of all runs."""
     quiet: bool = False
     """No progress bars."""
+
+
+def settings_of(args: Any) -> EvalSettings:
+    """How policies are played, the environment's further settings of a command line among them.
+
+    Args:
+        args: Arguments with `evaluation`, `env`, `session_requests` and `judge`.
+    """
+    evaluation: EvalSettings = args.evaluation
+    env = env_settings(args.env, session_requests=args.session_requests, judge=args.judge, given=evaluation.env)
+    return replace(evaluation, env=env)
 
 
 def load_world(folder: Path) -> World:
@@ -104,6 +123,7 @@ def measure(
     if not finished:
         responses = {fold: response.hash for fold, response in world.responses.items()}
         row = {"world": world.hash, "responses": responses, "seed": settings.seed, "device": device}
+        row |= {"judge": settings.env.get("judge", "main")}
         folder.finish({**row, "seconds": time.perf_counter() - started, **headroom.to_json()})
     return headroom, folder
 
@@ -120,11 +140,14 @@ def run(args: Args) -> dict[str, Any]:
     from metarec_gym.evaluation.verdict import decide
 
     world = load_world(args.world)
+    settings = settings_of(args)
     print(world_line(world))
+    if settings.env:
+        print(f"environment  {', '.join(env_pairs(settings.env))}")
     headroom, folder = measure(
         world,
         args.world,
-        args.evaluation,
+        settings,
         runs=args.runs,
         workers=args.workers,
         device=args.device,
@@ -132,6 +155,8 @@ def run(args: Args) -> dict[str, Any]:
         command=command_line(),
     )
     print(headroom.line())
+    for line in headroom.reference_lines():
+        print(line)
     optimism = f"{headroom.optimism:.2%} of the single best strategy"
     plug_in = headroom.plug_in()
     print(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from experiments.env_settings import env_settings
 from experiments.run_folder import ENV_CODE, RunFolder, code_hash
 
 if TYPE_CHECKING:
@@ -50,8 +51,12 @@ class Args:
     """Folder of the world; the embedded synthetic one if absent."""
     agent: Literal["ppo", "sb3_ppo"] = "ppo"
     """The learner."""
-    env: str = SELECT_ID
-    """Registered id of the environment."""
+    env: tuple[str, ...] = (SELECT_ID,)
+    """Registered id of the environment, then further settings of it, KEY=VALUE each (JSON values), in any order."""
+    session_requests: int | None = None
+    """Requests a session: episodes then span several sessions. None: the whole episode is one session."""
+    judge: str = "main"
+    """Which of the fold's judges answers: main, second (another family), uniform or popularity (other samplers)."""
     fold: Literal["A", "B"] = "A"
     """Whose users and judge to train on; score on the other."""
     seed: int = 0
@@ -76,6 +81,19 @@ class Args:
     """Folder of all runs."""
     quiet: bool = False
     """No progress line."""
+
+
+def env_of(args: Args) -> tuple[str, dict[str, Any]]:
+    """Registered id of the environment and its further settings.
+
+    Raises:
+        ValueError: When `--env` gives two ids, or a setting that is none.
+    """
+    ids = [text for text in args.env if "=" not in text] or [SELECT_ID]
+    if len(ids) > 1:
+        raise ValueError(f"--env gives the ids {ids}; expected one, and KEY=VALUE for settings")
+    pairs = [text for text in args.env if "=" in text]
+    return ids[0], env_settings(pairs, session_requests=args.session_requests, judge=args.judge)
 
 
 def learner_args(args: Args) -> Any:
@@ -122,10 +140,12 @@ def run_folder(args: Args) -> RunFolder:
     from metarec_gym.world import resolve_world
 
     learner = LEARNERS[args.agent]
+    env_id, settings = env_of(args)
     facts = {
         "kind": "train",
         "agent": args.agent,
-        "env": args.env,
+        "env": env_id,
+        "env_settings": settings,
         "world": resolve_world(args.world).hash,
         "fold": args.fold,
         "num_envs": args.num_envs or learner.num_envs,
@@ -162,8 +182,9 @@ def run(args: Args, command: str | None = None) -> dict[str, Any]:
     folder.begin(args, command)
     learner = LEARNERS[args.agent]
     world = resolve_world(args.world)
+    env_id, settings = env_of(args)
     env: Any = gymnasium.make_vec(
-        args.env,
+        env_id,
         num_envs=args.num_envs or learner.num_envs,
         vectorization_mode="vector_entry_point",
         world=world,
@@ -174,6 +195,7 @@ def run(args: Args, command: str | None = None) -> dict[str, Any]:
         device=args.device,
         output=learner.output,
         autoreset_mode="SameStep",
+        **settings,
     )
     step = env.step
 
@@ -190,9 +212,10 @@ def run(args: Args, command: str | None = None) -> dict[str, Any]:
     return folder.finish(
         {
             "agent": args.agent,
-            "env": args.env,
+            "env": env_id,
+            "env_settings": settings,
             "world": world.hash,
-            "response": world.responses[args.fold].hash,
+            "response": world.judge(args.fold, settings.get("judge", "main")).hash,
             "fold": args.fold,
             "seed": args.seed,
             "device": args.device,

@@ -12,15 +12,17 @@ import pytest
 
 from experiments import compare, train
 from experiments import headroom as headroom_command
+from experiments.env_settings import env_pairs, env_settings
 from metarec_gym.evaluation import tasks
 from metarec_gym.evaluation.headroom import EvalSettings
 from metarec_gym.evaluation.leaderboard import TRAINED
 from metarec_gym.evaluation.metrics import closed_gap
 from metarec_gym.evaluation.verdict import JUST_USE
 from metarec_gym.policy import MlpPolicy
+from metarec_gym.response.frozen import FrozenResponse
 from metarec_gym.world import World
 
-SMALL = EvalSettings(replicates=1, horizon=4, horizons=(2,), batch_rows=256)
+SMALL = EvalSettings(replicates=1, horizon=4, horizons=(2,), batch_rows=256, look_ahead=2, look_branches=2)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,87 @@ def test_compare_writes_every_file_and_a_second_run_trains_and_plays_nothing(
     assert before == after
 
 
+@pytest.fixture(scope="module")
+def two_judges(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny world with a second judge by which users like the *other* category: 0.1 becomes 0.5 and the reverse."""
+    responses = dict(tiny_world.responses)
+    for fold in ("A", "B"):
+        judge = tiny_world.responses[fold]
+        tensors = {**judge.tensors, "effect_mean": judge.tensors["effect_mean"].flip(0)}
+        responses[f"{fold}/second"] = FrozenResponse(tensors, judge.outcomes, judge.feature_names)
+    tensors = {**tiny_world.tensors, "start_state_second": tiny_world.tensors["start_state"].clone()}
+    world = dataclasses.replace(tiny_world, tensors=tensors, responses=responses)
+    return world.save(tmp_path_factory.mktemp("worlds") / "two_judges")
+
+
+def test_a_second_judge_scores_everything_again_and_what_it_turns_round_is_named(
+    two_judges: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = compare.run(_compare_args(two_judges, tmp_path, ("ppo", "population_ucb")))
+    rows = {row.name: row for row in result.rows}
+    at = result.headroom.headline
+    # every row but none is missing; always the same strategy is worth 0.6 on average whichever category users like
+    assert all(len(row.lift_sbs_second) == len(result.headroom.windows) for row in result.rows)
+    assert rows["SBS"].lift_sbs_second[at].estimate == 0.0
+    # the oracle's choices give 1.0 by the main judge and 0.2 by the second, SBS 0.6 by both
+    oracle = rows["per-user oracle"]
+    assert oracle.lift_sbs[at].estimate == pytest.approx(2 / 3, abs=1e-6)
+    assert oracle.lift_sbs_second[at].estimate == pytest.approx(-2 / 3, abs=1e-6)
+    assert oracle.model_dependent(at)
+    # the greedy oracle knows the judge it is scored by
+    assert rows["greedy oracle"].lift_sbs_second[at].estimate == pytest.approx(2 / 3, abs=1e-6)
+    lines = list(csv.DictReader((result.folder / "leaderboard_synthetic.csv").read_text().splitlines()))
+    line = next(x for x in lines if x["policy"] == "per-user oracle" and x["horizon"] == "4")
+    assert float(line["lift_sbs_second"]) == pytest.approx(-2 / 3, abs=1e-4)
+    assert float(line["lift_sbs_second_lo"]) < float(line["lift_sbs_second_hi"])
+    assert line["model_dependent"] == "true"
+    assert float(next(x for x in lines if x["policy"] == "ppo")["value_train_judge"]) > 0.0
+    markdown = (result.folder / "leaderboard.md").read_text()
+    assert "lift over SBS, second judge" in markdown
+    assert "model-dependent" in markdown
+    row = next(x for x in json.loads((result.folder / "result.json").read_text())["rows"] if x["policy"] == "FIR")
+    assert row["windows"]["@4"]["lift_sbs_second"] is not None
+    assert "Second judge" in capsys.readouterr().out
+
+
+def test_policies_are_trained_in_the_environment_they_are_scored_in_but_by_the_main_judge(
+    two_judges: Path, tmp_path: Path
+) -> None:
+    args = dataclasses.replace(
+        _compare_args(two_judges, tmp_path, ("ppo",)), env=("patience=3", "base_rate_factor=0.5"), judge="second"
+    )
+    comparer = compare._Comparer(args)
+    assert comparer.args.evaluation.env == {"patience": 3, "base_rate_factor": 0.5, "judge": "second"}
+    # the second judge scores the table itself: there is no other one to score it again
+    assert comparer.second is None
+    job = comparer.training_args(_Horizon(4))[0]  # type: ignore[arg-type]
+    assert train.env_of(job) == ("MetaRec/Select-v0", {"patience": 3, "base_rate_factor": 0.5})
+    assert "patience=3" in compare._train_command(job)
+    plain = dataclasses.replace(job, env=(train.SELECT_ID,))
+    assert train.run_folder(job).key != train.run_folder(plain).key
+
+
+@dataclasses.dataclass
+class _Horizon:
+    horizon: int
+
+
+def test_environment_settings_are_read_as_json_and_checked() -> None:
+    found = env_settings(("patience=3", "outage_rate=0.1", "fusion=linear_rank", "judge=main"), session_requests=5)
+    assert found == {"patience": 3, "outage_rate": 0.1, "fusion": "linear_rank", "session_requests": 5}
+    assert env_settings(env_pairs(found)) == found
+    with pytest.raises(ValueError, match="KEY=VALUE"):
+        env_settings(("patience",))
+    with pytest.raises(ValueError, match="patient"):
+        env_settings(("patient=3",))
+    with pytest.raises(ValueError, match="twice"):
+        env_settings(("patience=3", "patience=4"))
+    with pytest.raises(ValueError, match="give it once"):
+        env_settings(("judge=second",), judge="uniform")
+    with pytest.raises(ValueError, match="ids"):
+        train.env_of(train.Args(env=("MetaRec/Select-v0", "MetaRec/Blend-v0")))
+
+
 def test_a_null_world_ends_in_just_use(tmp_path: Path) -> None:
     world = World.synthetic(
         n_types=2,
@@ -184,7 +267,12 @@ def test_a_missing_world_says_how_to_build_it(tmp_path: Path) -> None:
 
 def test_closed_gap_of_the_table_is_the_metric(world_folder: Path, tmp_path: Path) -> None:
     args = _compare_args(world_folder, tmp_path, ("epsilon_greedy",))
-    found = compare.run(args).headroom
+    result = compare.run(args)
+    found = result.headroom
+    # without a second judge its columns are empty
+    lines = list(csv.DictReader((result.folder / "leaderboard_synthetic.csv").read_text().splitlines()))
+    assert {(line["lift_sbs_second"], line["model_dependent"]) for line in lines} == {("", "")}
+    assert "second judge" not in (result.folder / "leaderboard.md").read_text()
     at = found.headline
     sbs, oracle = found.pooled(found.sbs_value())[:, at], found.pooled(found.oracle_value())[:, at]
     gap = closed_gap(oracle, sbs, oracle, found.headrooms()["per-user oracle"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from metarec_gym.evaluation import headroom as room
 from metarec_gym.evaluation.headroom import (
@@ -20,13 +21,14 @@ from metarec_gym.evaluation.headroom import (
     measure_headroom,
     played_throughout,
 )
-from metarec_gym.evaluation.rollout import Fixed, LengthRule, Rotation, RowRule, Schedule, rollout
+from metarec_gym.evaluation.rollout import Fixed, Greedy, LengthRule, Rotation, RowRule, Schedule, rollout
 from metarec_gym.evaluation.verdict import JUST_USE, decide
 from metarec_gym.policy import FixedPolicy
 from metarec_gym.seeding import stream
 from metarec_gym.world import World
 
-SETTINGS = EvalSettings(replicates=2, horizon=4, horizons=(2,), batch_rows=256)
+SETTINGS = EvalSettings(replicates=2, horizon=4, horizons=(2,), batch_rows=256, look_ahead=2, look_branches=2)
+BLIND = dataclasses.replace(SETTINGS, look=False)
 
 
 def _measure(world: World, settings: EvalSettings = SETTINGS, folder: Path | None = None) -> Headroom:
@@ -36,6 +38,11 @@ def _measure(world: World, settings: EvalSettings = SETTINGS, folder: Path | Non
 @pytest.fixture(scope="module")
 def tiny(tiny_world: World) -> Headroom:
     return _measure(tiny_world)
+
+
+@pytest.fixture(scope="module")
+def leaving(leaving_world: World) -> Headroom:
+    return _measure(leaving_world, dataclasses.replace(SETTINGS, look_users=3))
 
 
 def test_the_oracles_of_the_tiny_world_gain_two_thirds(tiny: Headroom) -> None:
@@ -54,18 +61,74 @@ def test_windows_are_the_sound_ones_the_headline_and_its_last_tenth(tiny: Headro
     assert "per-user oracle +66.7 %" in tiny.line()
 
 
+def test_the_references_stand_in_the_result(tiny: Headroom) -> None:
+    row = tiny.to_json()
+    # a choice changes nothing later in this world: looking ahead finds what greedy finds
+    assert tiny.look is not None
+    assert tiny.look.users == 16
+    assert row["look"]["over_greedy"]["@4"]["estimate"] == 0.0
+    assert (row["look"]["ahead"], row["look"]["replicates"]) == (2, 1)
+    assert "nothing is long-term here" in row["look"]["sentence"]
+    # told all answers a learner beats the single best strategy, and knows less than the oracle
+    assert 0.1 < row["fir"]["@4"]["estimate"] < 2 / 3
+    assert len(tiny.reference_lines()) == 2
+    assert row["env"] == {}
+
+
+def test_look_ahead_is_paired_with_the_greedy_plays_of_the_same_start_states(
+    leaving: Headroom, leaving_world: World
+) -> None:
+    assert leaving.look is not None
+    for fold in room.FOLDS:
+        starts = leaving.look.look[fold].start_state
+        assert len(np.unique(leaving.look.look[fold].user)) == len(starts) == 3
+        again = rollout(
+            leaving_world,
+            fold,
+            Greedy(),
+            contexts=torch.from_numpy(starts),
+            replicates=1,
+            horizon=4,
+            env_seed=stream(0, "evaluation"),
+        )
+        np.testing.assert_array_equal(leaving.look.greedy[fold][:, 0, 1], again.value(leaving.windows[1])[:, 0])
+
+
+def test_environment_settings_reach_every_play_and_name_other_tasks(
+    leaving: Headroom, leaving_world: World, tmp_path: Path
+) -> None:
+    halved = _measure(leaving_world, dataclasses.replace(BLIND, env={"base_rate_factor": 0.5}), folder=tmp_path)
+    assert all("_env" in file.name for file in tmp_path.glob("*.npz"))
+    assert halved.to_json()["env"] == {"base_rate_factor": 0.5}
+    at = leaving.headline
+    for fold in room.FOLDS:
+        assert (halved.folds[fold].fixed[..., at] < leaving.folds[fold].fixed[..., at]).all()
+        assert halved.greedy[fold].value.mean() < leaving.greedy[fold].value.mean()
+        assert halved.fir[fold].value.mean() < leaving.fir[fold].value.mean()
+
+
+def test_unknown_environment_settings_are_refused(tiny_world: World) -> None:
+    with pytest.raises(ValueError, match="base_rate_factor"):
+        _measure(tiny_world, dataclasses.replace(BLIND, env={"base_rate": 0.5}))
+    with pytest.raises(ValueError, match="horizon"):
+        _measure(tiny_world, dataclasses.replace(BLIND, env={"horizon": 3}))
+
+
 def test_identical_strategies_leave_nothing_to_win() -> None:
     world = World.synthetic(
         n_types=2, users_per_type=4, items_per_type=16, horizon=4, slate_size=2, history_lengths=(0, 3), identical=True
     )
-    null = _measure(world)
+    null = _measure(world, BLIND)
+    assert null.look is None
+    assert null.to_json()["look"] is None
+    assert len(null.reference_lines()) == 1
     for interval in null.headrooms().values():
         assert (interval.estimate, interval.low, interval.high) == (0.0, 0.0, 0.0)
     assert decide(null.sbs_name, null.headrooms(), {}).kind == JUST_USE
 
 
 def test_sbs_as_a_policy_and_the_stored_oracle_replay_bit_for_bit(leaving_world: World) -> None:
-    found = _measure(leaving_world, dataclasses.replace(SETTINGS, horizon=6))
+    found = _measure(leaving_world, dataclasses.replace(BLIND, horizon=6))
     for test in room.FOLDS:
         common = {
             "contexts": found.contexts[test],
@@ -132,7 +195,7 @@ def test_a_strategy_out_of_the_race_is_never_chosen_and_missing_replicates_do_no
 def test_dropping_strategies_early_changes_the_oracle_little(
     leaving_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = dataclasses.replace(SETTINGS, horizon=6, replicates=4)
+    settings = dataclasses.replace(BLIND, horizon=6, replicates=4)
     dropped = _measure(leaving_world, settings)
     assert dropped.folds["A"].racing.mean() < 1.0
     monkeypatch.setattr(room, "still_racing", lambda fixed: np.ones((fixed.shape[0], fixed.shape[2]), dtype=bool))
@@ -143,7 +206,7 @@ def test_dropping_strategies_early_changes_the_oracle_little(
 
 
 def test_replicates_double_until_the_optimism_is_small_or_the_cap_is_met(leaving_world: World) -> None:
-    strict = dataclasses.replace(SETTINGS, replicates=1, max_replicates=4, tolerance=-1.0)
+    strict = dataclasses.replace(BLIND, replicates=1, max_replicates=4, tolerance=-1.0)
     found = _measure(leaving_world, strict)
     assert found.replicates == 4
     assert found.folds["A"].raced.shape[1] == 8
@@ -248,11 +311,17 @@ def test_horizons_stop_where_a_tenth_of_the_catalogue_is_shown(tiny_world: World
     assert "25%" in notes[0]
     with pytest.raises(ValueError, match="at most 4"):
         horizons_of(tiny_world, EvalSettings(horizon=5))
+    # lists are ranked again for every session, and what was shown stays out: the rule is the same
+    sessions = {"session_requests": 4}
+    assert horizons_of(tiny_world, EvalSettings(env=sessions)) == (1, True, ())
+    assert horizons_of(tiny_world, EvalSettings(horizon=8, env=sessions))[:2] == (8, False)
+    with pytest.raises(ValueError, match="at most 16"):
+        horizons_of(tiny_world, EvalSettings(horizon=17, env=sessions))
 
 
 def test_horizons_stop_where_users_take_more_than_the_log_shows(tiny_world: World) -> None:
     small = dataclasses.replace(tiny_world, tensors=dict(tiny_world.tensors), info={"metrics": {"engaged_p90": 0.1}})
-    found = _measure(small, dataclasses.replace(SETTINGS, horizon=None))
+    found = _measure(small, dataclasses.replace(BLIND, horizon=None))
     assert not found.sound
     assert any("0 items" in note for note in found.notes)
 

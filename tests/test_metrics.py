@@ -7,7 +7,7 @@ import pytest
 
 from metarec_gym.evaluation.intervals import Interval
 from metarec_gym.evaluation.metrics import closed_gap, lift, segment_of, segment_values, usage_entropy, worst_decile
-from metarec_gym.evaluation.verdict import CANNOT_TELL, JUST_USE, PAYS, decide
+from metarec_gym.evaluation.verdict import CANNOT_TELL, JUST_USE, MODEL_DEPENDENT, PAYS, RULE, decide, sign_changes
 
 SBS = np.array([1.0, 2.0, 3.0, 4.0])
 ORACLE = np.array([1.5, 2.5, 3.0, 5.0])
@@ -107,3 +107,47 @@ def test_cannot_tell_says_which_bound_is_in_the_way() -> None:
     unsure = decide("ease", {"per-user oracle": _interval(0.01, 0.05)}, {})
     assert "open" in unsure.reason
     assert "No learned policy was played" in unsure.reason
+
+
+def test_a_sign_changes_only_where_the_main_judge_was_sure() -> None:
+    gain, loss, open_, tiny_loss = (_interval(*x) for x in ((0.03, 0.09), (-0.09, -0.03), (-0.02, 0.06), (-0.04, 0.02)))
+    assert sign_changes(gain, loss)
+    assert sign_changes(gain, tiny_loss)
+    assert sign_changes(loss, open_)
+    assert not sign_changes(open_, loss)
+    assert not sign_changes(gain, open_)
+
+
+def test_a_gain_that_a_second_judge_turns_round_is_model_dependent() -> None:
+    gain, loss = _interval(0.03, 0.09), _interval(-0.09, -0.03)
+    verdict = decide("ease", {"per-user oracle": OPEN}, {"ppo": gain}, second={"ppo": (gain, loss)})
+    assert verdict.kind == MODEL_DEPENDENT
+    assert verdict.headline == "model-dependent (until then the safe choice is ease)"
+    assert "-6.0 % [-9.0, -3.0] under the second" in verdict.reason
+    assert decide("ease", {"per-user oracle": OPEN}, {"ppo": gain}, second={"ppo": (gain, gain)}).kind == PAYS
+
+
+def test_a_gain_that_holds_under_both_judges_decides_though_another_one_does_not() -> None:
+    gain, more, loss = _interval(0.04, 0.09), _interval(0.06, 0.1), _interval(-0.09, -0.03)
+    verdict = decide(
+        "ease", {"per-user oracle": OPEN}, {"ppo": gain, "sb3": more}, second={"ppo": (gain, gain), "sb3": (more, loss)}
+    )
+    assert (verdict.kind, verdict.policy) == (PAYS, "ppo")
+    assert "Model-dependent and not counted: sb3" in verdict.reason
+
+
+def test_just_use_does_not_stand_where_a_second_judge_surely_prefers_something_else() -> None:
+    small, gain = _interval(-0.01, 0.015), _interval(0.03, 0.09)
+    second = {"ppo": (small, small), "als": (small, gain)}
+    verdict = decide("ease", {"per-user oracle": small}, {"ppo": small}, second=second)
+    assert verdict.kind == MODEL_DEPENDENT
+    assert "als surely beats it" in verdict.reason
+    assert decide("ease", {"per-user oracle": small}, {"ppo": small}, second={"ppo": (small, small)}).kind == JUST_USE
+
+
+def test_the_best_simple_rule_is_no_safe_choice_where_a_second_judge_turns_it_round() -> None:
+    rules = {"per-user oracle": OPEN, RULE: _interval(0.05, 0.09)}
+    second = {RULE: (_interval(0.05, 0.09), _interval(-0.04, 0.01))}
+    verdict = decide("ease", rules, {"ppo": _interval(-0.05, 0.01)}, sched="in turn: ease, popular", second=second)
+    assert verdict.headline == "cannot tell (until then the safe choice is ease)"
+    assert "Model-dependent" in verdict.reason

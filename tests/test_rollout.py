@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from metarec_gym.evaluation.references import FullInformation, LookAhead, learn_reward_prior
 from metarec_gym.evaluation.rollout import (
     Choices,
     Fixed,
@@ -24,12 +28,32 @@ from metarec_gym.evaluation.rollout import (
     rollout,
 )
 from metarec_gym.policy import FixedPolicy, UniformPolicy
+from metarec_gym.response.frozen import FrozenResponse
 from metarec_gym.world import World
 
 # the tiny world: strategies specialist_0, specialist_1, mixed; a slate holds 2 items; own type 0.5, other type 0.1
 
 
-def _play(world: World, player: Player, *, replicates: int = 3, batch_rows: int = 64, base: int = 0) -> RolloutResult:
+MEMBER_TENSORS = (
+    "hidden_weight",
+    "hidden_bias",
+    "tower_weight",
+    "tower_bias",
+    "item_output",
+    "item_bias",
+    "calibration",
+)
+
+
+def _play(
+    world: World,
+    player: Player,
+    *,
+    replicates: int = 3,
+    batch_rows: int = 64,
+    base: int = 0,
+    settings: dict[str, Any] | None = None,
+) -> RolloutResult:
     return rollout(
         world,
         "B",
@@ -40,6 +64,7 @@ def _play(world: World, player: Player, *, replicates: int = 3, batch_rows: int 
         env_seed=11,
         noise_base=base,
         batch_rows=batch_rows,
+        env_settings=settings,
     )
 
 
@@ -131,6 +156,91 @@ def test_a_schedule_learned_from_users_of_one_type_serves_that_type(tiny_world: 
     ones = starts[tiny_world.tensors["start_user"][starts] % 2 == 1]
     learned = greedy_schedule(tiny_world, "A", contexts=ones, edges=(), horizon=4, env_seed=0)
     assert learned == Schedule((), ((1, 1, 1, 1),))
+
+
+@pytest.fixture(scope="module")
+def returning_world() -> World:
+    """Sessions of two requests; the more a user took in a session, the likelier the next one. Only the own type is liked."""
+    world = World.synthetic(
+        n_types=2,
+        users_per_type=8,
+        items_per_type=40,
+        horizon=8,
+        slate_size=2,
+        high=0.9,
+        low=0.02,
+        history_lengths=(3,),
+        leaving=None,
+    )
+    responses = {}
+    for fold, judge in world.responses.items():
+        back = {
+            "return_edges": torch.tensor([1.0, 48.0]),
+            "return_baseline": torch.tensor([-3.0]),
+            "return_weight": torch.tensor([5.0, 0.0, 0.0, 0.0]),
+        }
+        responses[fold] = FrozenResponse({**judge.tensors, **back}, judge.outcomes, judge.feature_names)
+    return dataclasses.replace(world, responses=responses)
+
+
+SESSIONS = {"session_requests": 2}
+
+
+def test_users_who_do_not_come_back_are_worth_nothing_from_then_on(returning_world: World) -> None:
+    result = _play(returning_world, Fixed(0), replicates=4, settings=SESSIONS)
+    own = result.user % 2 == 0
+    # served what they like, users take 1.8 items a request and come back: logit -3 + 5 * log(1 + 3.6) = 4.6
+    assert result.alive[own].mean() > 0.9
+    # the others take nothing as a rule and stay away after the first session: logit -3
+    assert result.alive[~own][:, :, :2].all()
+    assert result.alive[~own][:, :, 2:].mean() < 0.3
+    assert (result.expected[~result.alive] == 0).all()
+    assert (result.action[~result.alive] == -1).all()
+    # absences fall between sessions only
+    gone = np.diff(result.alive.astype(int), axis=2)
+    assert (gone[:, :, ::2] == 0).all()
+    assert (gone[:, :, 1::2] < 0).any()
+
+
+def test_privileged_references_play_several_sessions(returning_world: World) -> None:
+    prior = learn_reward_prior(
+        returning_world,
+        "A",
+        contexts=returning_world.starts_of("A"),
+        horizon=8,
+        env_seed=0,
+        env_settings=SESSIONS,
+    )
+    players = {"greedy": Greedy(), "look": LookAhead(ahead=2, branches=2), "told": FullInformation(prior)}
+    values = {
+        name: _play(returning_world, player, replicates=2, settings=SESSIONS).expected.mean()
+        for name, player in players.items()
+    }
+    fixed = _play(returning_world, Fixed(0), replicates=2, settings=SESSIONS).expected.mean()
+    assert values["greedy"] > 1.5 * fixed
+    # serving what is liked now is also what brings users back
+    assert values["look"] == pytest.approx(values["greedy"], rel=0.02)
+    assert fixed < values["told"] <= values["greedy"] * 1.001
+
+
+def test_expected_rewards_of_the_oracle_are_those_of_the_member_that_answers(tiny_world: World) -> None:
+    responses = {}
+    for fold, judge in tiny_world.responses.items():
+        # the second member likes everything half as much on the odds scale
+        parts = {n: torch.cat([judge.tensors[n], judge.tensors[n]]) for n in MEMBER_TENSORS}
+        parts["item_bias"][1] -= 0.7
+        responses[fold] = FrozenResponse({**judge.tensors, **parts}, judge.outcomes, judge.feature_names)
+    world = dataclasses.replace(tiny_world, responses=responses)
+    result = _play(world, Greedy(), replicates=8)
+    first, second = (_play(world, Greedy(), replicates=8, settings={"member": m}) for m in (0, 1))
+    assert (result.action == (result.user % 2)[:, None, None]).all()
+    assert first.expected.min() == pytest.approx(1.0)
+    assert second.expected.max() < 0.8
+    # every episode meets one of them, drawn by its own key
+    of_first = np.isclose(result.expected, first.expected).all(axis=2)
+    of_second = np.isclose(result.expected, second.expected).all(axis=2)
+    assert (of_first ^ of_second).all()
+    assert 0.3 < of_first.mean() < 0.7
 
 
 class _Recorder(UniformPolicy):

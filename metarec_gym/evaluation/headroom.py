@@ -6,11 +6,13 @@ chooses a strategy for each start state on one half and is scored on the other, 
 maximum would mostly reward luck. As the second round grows, strategies that are surely not the best of a start state leave
 (one in ten thousand leaves in error); whatever is scored plays on, so leaving biases no value. The single best strategy
 (SBS) and the best non-personal rule (SCHED) are chosen on the users of one fold (with its judge) and scored on the users of
-the other (with the other judge).
+the other (with the other judge). Two references stand beside the oracles: one that looks ahead (LOOK) and one that sees
+every strategy's answer (FIR), see `references`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metarec_gym.evaluation.intervals import Floats, Interval
-from metarec_gym.evaluation.metrics import lift
+from metarec_gym.evaluation.metrics import MIN_HEADROOM, lift
+from metarec_gym.evaluation.references import FullInformation, LookAhead, RewardPrior, learn_reward_prior
 from metarec_gym.evaluation.rollout import (
     Choices,
     Fixed,
@@ -34,6 +37,8 @@ from metarec_gym.evaluation.rollout import (
     RowRule,
     Schedule,
     Window,
+    check_env_settings,
+    effort_of,
     greedy_schedule,
     per_user,
     pick_contexts,
@@ -57,6 +62,10 @@ SCHEDULE_BINS = (1, 2, 3)
 """Ranges of history lengths with schedules of their own."""
 SCHEDULE_ROWS = 4096
 """Episodes that a schedule is learned from, at most."""
+PRIOR_ROWS = 1024
+"""Episodes that the full-information reference takes its prior from, at most."""
+LOOK_CHUNK = 32
+"""Start states of one look-ahead task: a kill loses a few seconds of work."""
 CHUNK_STEPS = 400_000
 """User-steps of a task in the second round: a kill loses a few seconds of work."""
 MAX_SHOWN = 0.1
@@ -89,6 +98,18 @@ class EvalSettings:
     """Decides which start states are played and all draws."""
     batch_rows: int = 2048
     """Episodes played side by side."""
+    look: bool = True
+    """Measure whether anything is long-term: the greedy oracle with look-ahead (LOOK) against the one without."""
+    look_users: int = 192
+    """Users a fold that LOOK is played on, one start state each: it costs over a hundred times a policy's time."""
+    look_ahead: int = 3
+    """Requests after the present one that LOOK simulates."""
+    look_branches: int = 4
+    """Simulated copies of the user for each strategy that LOOK tries."""
+    look_candidates: int | None = 5
+    """Strategies that LOOK tries at each request, those worth most right now; None tries all."""
+    env: dict[str, Any] = field(default_factory=dict)
+    """Further settings of the environment, such as session_requests, judge, base_rate_factor or fatigue."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +156,47 @@ class Sched:
 
 
 @dataclass(frozen=True)
+class LookPlays:
+    """The greedy oracle with look-ahead and without, from the same start states with the same luck.
+
+    Attributes:
+        rule: What looks ahead, and how far.
+        look: Plays with look-ahead, by fold scored.
+        greedy: float64 (C, R, P), values without it, by fold scored.
+    """
+
+    rule: LookAhead
+    look: dict[str, Played]
+    greedy: dict[str, Floats]
+
+    @property
+    def users(self) -> int:
+        """Users that it was played on, one start state each."""
+        return sum(len(np.unique(p.user)) for p in self.look.values())
+
+    def over_greedy(self, window: int) -> Interval:
+        """Lift of LOOK over the greedy oracle: what the future adds."""
+        look, greedy = (
+            np.concatenate([per_user(self.look[t].user, value[t].mean(axis=1)) for t in FOLDS])
+            for value in ({t: p.value for t, p in self.look.items()}, self.greedy)
+        )
+        return lift(look[:, window], greedy[:, window])
+
+    def sentence(self, window: int) -> str:
+        """Whether anything is long-term, in words."""
+        gain = self.over_greedy(window)
+        text = (
+            f"looking {self.rule.ahead} requests ahead gains {gain.as_percent()} over the greedy oracle "
+            f"({self.users} users)"
+        )
+        if gain.low > 0.0:
+            return f"{text}: what is served now changes what can be won later"
+        if gain.high < MIN_HEADROOM:
+            return f"{text}: nothing is long-term here, a bandit is enough"
+        return f"{text}: whether anything is long-term is open"
+
+
+@dataclass(frozen=True)
 class Headroom:
     """What can be won, and the plays that everything else is paired with.
 
@@ -154,6 +216,10 @@ class Headroom:
         optimism: (plug-in - cross-fitted oracle) / SBS.
         notes: What a reader must know about the horizons.
         sound: Whether the headline horizon is sound.
+        fir: Plays of the full-information reference.
+        fir_players: The reference itself, by fold scored.
+        look: LOOK and the greedy oracle on the same few start states and luck; None when it was not played.
+        settings: How everything was played.
     """
 
     strategies: tuple[str, ...]
@@ -169,6 +235,10 @@ class Headroom:
     optimism: float
     notes: tuple[str, ...] = ()
     sound: bool = True
+    fir: dict[str, Played] = field(default_factory=dict)
+    fir_players: dict[str, FullInformation] = field(default_factory=dict)
+    look: LookPlays | None = None
+    settings: EvalSettings = field(default_factory=EvalSettings)
     _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -238,6 +308,23 @@ class Headroom:
             }
         return cast("dict[str, Interval]", self._cache[f"headrooms{at}"])
 
+    def fir_lift(self, window: int | None = None) -> Interval:
+        """Lift of the full-information reference over the single best strategy."""
+        at = self.headline if window is None else window
+        return self.lift_of({test: self.fir[test].value for test in FOLDS}, at)
+
+    def reference_lines(self) -> list[str]:
+        """What the two references beside the oracles say; nothing where they were not played."""
+        lines = []
+        if self.fir:
+            lines.append(
+                f"full information (a learner told every strategy's answer; no bound): {self.fir_lift().as_percent()} "
+                "over the single best strategy"
+            )
+        if self.look is not None:
+            lines.append(self.look.sentence(self.headline))
+        return lines
+
     def plug_in(self) -> Interval:
         """Lift of the oracle that is scored on the luck it chose by: too high, shown to say by how much."""
         return self.lift_of(self.oracle_value(raced=True, plug_in=True), self.headline, raced=True)
@@ -255,7 +342,20 @@ class Headroom:
     def to_json(self) -> dict[str, Any]:
         """Its numbers as plain JSON types."""
         plug_in = self.plug_in()
+        windows = {w.name: p for p, w in enumerate(self.windows)}
+        look = self.look
         return {
+            "env": self.settings.env,
+            "fir": {name: self.fir_lift(p).to_json() for name, p in windows.items()} if self.fir else None,
+            "look": None
+            if look is None
+            else {
+                "users": look.users,
+                "replicates": next(iter(look.greedy.values())).shape[1],
+                **vars(look.rule),
+                "over_greedy": {name: look.over_greedy(p).to_json() for name, p in windows.items()},
+                "sentence": look.sentence(self.headline),
+            },
             "horizon": self.horizon,
             "sound": self.sound,
             "notes": list(self.notes),
@@ -287,13 +387,15 @@ def _halves(replicates: int) -> NDArray[np.int64]:
 def horizons_of(world: World, settings: EvalSettings) -> tuple[int, bool, tuple[str, ...]]:
     """Longest horizon that the catalogue allows: (T, sound, notes)."""
     slate = settings.slate_size or world.slate_size
-    longest = world.list_length // slate
+    # lists are ranked for one session; in episodes of several they are ranked again, until nothing is left to show
+    items = world.n_items if settings.env.get("session_requests") is not None else world.list_length
+    longest = items // slate
     shown = int(MAX_SHOWN * world.n_items) // slate
     if settings.horizon is not None:
         if settings.horizon > longest:
             raise ValueError(
                 f"horizon {settings.horizon} needs lists of {settings.horizon * slate} items, the world holds "
-                f"{world.list_length}; use at most {longest} or build the world with a longer horizon"
+                f"{items}; use at most {longest} or build the world with a longer horizon"
             )
         sound = settings.horizon <= shown
         share = settings.horizon * slate / world.n_items
@@ -324,6 +426,7 @@ def play_task(
     from metarec_gym.world import resolve_world
 
     resolved = resolve_world(world)
+    effort = effort_of(cast(Player, player), resolved.n_strategies)
     result = rollout(
         resolved,
         fold,
@@ -334,12 +437,37 @@ def play_task(
         env_seed=stream(settings.seed, "evaluation"),
         slate_size=settings.slate_size,
         cost_weight=settings.cost_weight,
+        env_settings=settings.env,
         noise_base=noise_base,
         device=device,
         batch_rows=settings.batch_rows,
-        progress=advance,
+        progress=lambda users: advance(users * effort),
     )
     return result.played(windows, resolved.n_strategies).arrays()
+
+
+def prior_task(
+    world: World | str | Path, fold: str, contexts: list[int], horizon: int, settings: EvalSettings, device: str
+) -> Arrays:
+    """One task: the full-information reference's prior from a fold's users."""
+    from metarec_gym.world import resolve_world
+
+    return learn_reward_prior(
+        resolve_world(world),
+        fold,
+        contexts=torch.tensor(contexts, dtype=torch.int64),
+        horizon=horizon,
+        env_seed=stream(settings.seed, "reward prior"),
+        slate_size=settings.slate_size,
+        cost_weight=settings.cost_weight,
+        env_settings=settings.env,
+        device=device,
+    ).arrays()
+
+
+def env_key(env: Mapping[str, Any]) -> str:
+    """What environment settings add to the name of a task; nothing for none."""
+    return f"_env{stream(0, json.dumps(env, sort_keys=True)):016x}" if env else ""
 
 
 def race_task(strategy: list[int], **kwargs: Any) -> Arrays:
@@ -373,6 +501,7 @@ def measure_headroom(
     Returns:
         The headroom.
     """
+    check_env_settings(settings.env)
     horizon, sound, notes = horizons_of(world, settings)
     run = _Measurement(world, settings, folder, source, workers if source is not None else 1, device, progress)
     engaged_p90 = world.metrics.get("engaged_p90")
@@ -432,16 +561,14 @@ class _Measurement:
         horizon: int,
         base: int,
         count: int,
-        *,
-        effort: int = 1,
     ) -> Task:
         contexts = self.contexts[fold].tolist()
         steps = len(contexts) * count * horizon
         return Task(
-            key=f"{label}_{fold}_T{horizon}_{base}-{base + count}",
+            key=f"{label}_{fold}_T{horizon}_{base}-{base + count}{env_key(self.settings.env)}",
             call=play_task,
             kwargs={
-                "world": self.source if self.workers > 1 and self.source is not None else self.world,
+                "world": self._world_argument,
                 "fold": fold,
                 "player": player,
                 "contexts": contexts,
@@ -452,8 +579,12 @@ class _Measurement:
                 "settings": self.settings,
                 "device": self.device,
             },
-            weight=steps * effort,
+            weight=steps * effort_of(player, self.world.n_strategies),
         )
+
+    @property
+    def _world_argument(self) -> World | str | Path:
+        return self.source if self.workers > 1 and self.source is not None else self.world
 
     def run(self, tasks: Sequence[Task], title: str) -> dict[str, Played]:
         results = run_tasks(tasks, folder=self.folder, workers=self.workers, title=title, progress=self.progress)
@@ -571,15 +702,71 @@ class _Measurement:
                 f"strategy (wanted: {self.settings.tolerance:.2%}).",
             )
         sched = self._sched(plays, windows, horizon, headline, played)
-        tasks = {
-            fold: self.task(
-                "greedy", fold, Greedy(), windows, horizon, 0, played, effort=1 + self.world.n_strategies // 2
-            )
-            for fold in FOLDS
-        }
+        tasks = {fold: self.task("greedy", fold, Greedy(), windows, horizon, 0, played) for fold in FOLDS}
         done = self.run(list(tasks.values()), "headroom: greedy oracle")
         greedy = {fold: done[task.key] for fold, task in tasks.items()}
-        return replace(draft, sched=sched, greedy=greedy, optimism=optimism, notes=notes, _cache={})
+        fir_players = self.full_information(horizon)
+        tasks = {
+            fold: self.task("fir", fold, player, windows, horizon, 0, played) for fold, player in fir_players.items()
+        }
+        done = self.run(list(tasks.values()), "headroom: full-information reference")
+        fir = {fold: done[task.key] for fold, task in tasks.items()}
+        wanted = self.settings.look and self.settings.look_users > 0
+        look = self.look_ahead(greedy, windows, horizon) if wanted else None
+        return replace(
+            draft,
+            sched=sched,
+            greedy=greedy,
+            optimism=optimism,
+            notes=notes,
+            fir=fir,
+            fir_players=fir_players,
+            look=look,
+            settings=self.settings,
+            _cache={},
+        )
+
+    def full_information(self, horizon: int) -> dict[str, FullInformation]:
+        """The full-information reference by fold scored, with the other fold's prior."""
+        priors = {}
+        for fold in FOLDS:
+            contexts = self.contexts[fold]
+            contexts = contexts[:: -(-len(contexts) // PRIOR_ROWS)]
+            kwargs: dict[str, Any] = {"world": self._world_argument, "fold": fold, "horizon": horizon}
+            kwargs |= {"contexts": contexts.tolist(), "settings": self.settings, "device": self.device}
+            weight = len(contexts) * horizon * self.world.n_strategies
+            key = f"prior_{fold}_T{horizon}{env_key(self.settings.env)}"
+            priors[_other(fold)] = Task(key, prior_task, kwargs, weight)
+        found = run_tasks(
+            list(priors.values()),
+            folder=self.folder,
+            workers=self.workers,
+            title="headroom: prior of the full-information reference",
+            progress=self.progress,
+        )
+        return {test: FullInformation(RewardPrior(**found[task.key])) for test, task in priors.items()}
+
+    def look_ahead(self, greedy: dict[str, Played], windows: tuple[Window, ...], horizon: int) -> LookPlays:
+        """LOOK from some of the greedy oracle's start states, on the first replicate of its luck."""
+        s = self.settings
+        rule = LookAhead(s.look_ahead, s.look_branches, s.look_candidates)
+        tasks: dict[str, list[Task]] = {fold: [] for fold in FOLDS}
+        places = {}
+        for fold in FOLDS:
+            users = s.look_users if s.max_users is None else min(s.look_users, s.max_users)
+            # the same keyed draws pick fewer: these start states are among those of the greedy oracle
+            contexts = pick_contexts(self.world, fold, per_user=1, seed=s.seed, max_users=users)
+            places[fold] = np.searchsorted(greedy[fold].start_state, contexts.numpy())
+            for low in range(0, len(contexts), LOOK_CHUNK):
+                part = contexts[low : low + LOOK_CHUNK].tolist()
+                task = self.task(f"look{low}", fold, rule, windows, horizon, 0, 1)
+                weight = len(part) * horizon * rule.effort(self.world.n_strategies)
+                tasks[fold].append(replace(task, kwargs={**task.kwargs, "contexts": part}, weight=weight))
+        done = self.run([task for part in tasks.values() for task in part], "headroom: look-ahead")
+        look = {fold: _joined([done[task.key] for task in part]) for fold, part in tasks.items()}
+        for fold in FOLDS:
+            np.testing.assert_array_equal(greedy[fold].start_state[places[fold]], look[fold].start_state)
+        return LookPlays(rule, look, {fold: greedy[fold].value[places[fold], :1] for fold in FOLDS})
 
     def _single_best(self, training: FoldPlays, headline: int) -> tuple[int, ...]:
         value = per_user(training.user, training.fixed.mean(axis=1)).mean(axis=0)
@@ -657,6 +844,7 @@ class _Measurement:
             env_seed=stream(self.settings.seed, "schedules"),
             slate_size=self.settings.slate_size,
             cost_weight=self.settings.cost_weight,
+            env_settings=self.settings.env,
             device=self.device,
         )
 
@@ -688,6 +876,14 @@ class _Measurement:
                     users, values = plays[fold].user, found[fold]
                     scores = [float(per_user(users, values[r].mean(axis=1))[:, headline].mean()) for r in mine]
                     grown[fold] = mine[int(np.argmax(scores))].strategies
+
+
+def _joined(parts: Sequence[Played]) -> Played:
+    """Plays of several lists of start states as one."""
+    arrays = [part.arrays() for part in parts]
+    return Played.from_arrays(
+        {n: parts[0].noise if n == "noise" else np.concatenate([a[n] for a in arrays]) for n in arrays[0]}
+    )
 
 
 def _label(rule: RowRule) -> str:

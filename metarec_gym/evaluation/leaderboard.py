@@ -23,6 +23,7 @@ from metarec_gym.evaluation.metrics import (
     worst_decile,
 )
 from metarec_gym.evaluation.rollout import Played, per_user
+from metarec_gym.evaluation.verdict import sign_changes
 
 KINDS = ("learned", "bandit", "search", "supervised", "fixed", "oracle")
 TRAINED = ("learned", "bandit", "search", "supervised")
@@ -39,6 +40,8 @@ class PolicyPlays:
         plays: By fold scored, one `Played` a training seed.
         seconds: Mean training time of a seed and direction; None if it is not trained.
         note: One line on what it is, may be empty.
+        second: The same seeds played under a judge of another family, on the first few replicates; None if there is none.
+        train: The same seeds played on their training users by the training judge; None if that was not done.
     """
 
     name: str
@@ -46,15 +49,12 @@ class PolicyPlays:
     plays: dict[str, list[Played]]
     seconds: float | None = None
     note: str = ""
+    second: dict[str, list[Played]] | None = None
+    train: dict[str, list[Played]] | None = None
 
     def users(self) -> Floats:
         """Value of every user, fold A's before fold B's; (seeds, users, windows)."""
-        count = len(self.plays[FOLDS[0]])
-        rows = []
-        for seed in range(count):
-            parts = [per_user(p.user, p.value.mean(axis=1)) for p in (self.plays[f][seed] for f in FOLDS)]
-            rows.append(np.concatenate(parts))
-        return np.stack(rows)
+        return _users(self.plays)
 
     def by_request(self) -> Floats:
         """Expected reward of every user at every request; (seeds, users, T)."""
@@ -65,6 +65,15 @@ class PolicyPlays:
                 for s in range(count)
             ]
         )
+
+
+def _users(plays: dict[str, list[Played]]) -> Floats:
+    """Value of every user, fold A's before fold B's; (seeds, users, windows)."""
+    rows = []
+    for seed in range(len(plays[FOLDS[0]])):
+        parts = [per_user(p.user, p.value.mean(axis=1)) for p in (plays[f][seed] for f in FOLDS)]
+        rows.append(np.concatenate(parts))
+    return np.stack(rows)
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,8 @@ class PolicyRow:
         curve: float64 (3, T): mean, lower and upper bound of the expected reward of each request.
         p_holm: P-value of "lift over the best non-personal rule is 0", Holm-corrected over all trained policies.
         note: One line.
+        lift_sbs_second: Lift over the single best strategy, both scored by a judge of another family; empty without one.
+        value_train: Utility on the training users by the training judge; empty where that was not played.
     """
 
     name: str
@@ -108,6 +119,14 @@ class PolicyRow:
     curve: Floats
     p_holm: float | None = None
     note: str = ""
+    lift_sbs_second: tuple[Interval, ...] = ()
+    value_train: tuple[Interval, ...] = ()
+
+    def model_dependent(self, window: int) -> bool:
+        """Whether the lift over the single best strategy is sure under the main judge and changes sign under the second."""
+        if not self.lift_sbs_second:
+            return False
+        return sign_changes(self.lift_sbs[window], self.lift_sbs_second[window])
 
 
 def leaderboard(policies: Sequence[PolicyPlays], headroom: Headroom, costs: NDArray[Any]) -> list[PolicyRow]:
@@ -121,7 +140,8 @@ def leaderboard(policies: Sequence[PolicyPlays], headroom: Headroom, costs: NDAr
     Returns:
         The rows.
     """
-    rows = [_row(policy, headroom, np.asarray(costs, dtype=np.float64)) for policy in policies]
+    second = _second_sbs(policies, headroom)
+    rows = [_row(policy, headroom, np.asarray(costs, dtype=np.float64), second) for policy in policies]
     trained = [i for i, row in enumerate(rows) if row.kind in TRAINED]
     adjusted = holm([rows[i].lift_sched[headroom.headline].p_value() for i in trained])
     for index, p in zip(trained, adjusted, strict=True):
@@ -129,8 +149,26 @@ def leaderboard(policies: Sequence[PolicyPlays], headroom: Headroom, costs: NDAr
     return rows
 
 
-def _row(policy: PolicyPlays, headroom: Headroom, costs: Floats) -> PolicyRow:
+def _second_sbs(policies: Sequence[PolicyPlays], headroom: Headroom) -> Floats | None:
+    """Value of the single best strategy of each window under the second judge, (users, P); None without plays of it."""
+    played = {policy.name: policy.second for policy in policies if policy.kind == "fixed"}
+    parts = []
+    for test in FOLDS:
+        columns = []
+        for window, k in enumerate(headroom.sbs[test]):
+            second = played.get(headroom.strategies[k])
+            if second is None:
+                return None
+            only = second[test][0]
+            columns.append(per_user(only.user, only.value.mean(axis=1)[:, window]))
+        parts.append(np.stack(columns, axis=1))
+    return np.concatenate(parts)
+
+
+def _row(policy: PolicyPlays, headroom: Headroom, costs: Floats, second_sbs: Floats | None) -> PolicyRow:
     values = policy.users()
+    second = None if policy.second is None or second_sbs is None else _users(policy.second)
+    train = None if policy.train is None else _users(policy.train)
     sbs = headroom.pooled(headroom.sbs_value())
     sched = headroom.pooled({f: headroom.sched[f].value for f in FOLDS})
     oracle = headroom.pooled(headroom.oracle_value())
@@ -163,6 +201,10 @@ def _row(policy: PolicyPlays, headroom: Headroom, costs: Floats) -> PolicyRow:
         segment_share=_segment_share(everything, len(costs)),
         curve=np.array([[c.estimate for c in curve], [c.low for c in curve], [c.high for c in curve]]),
         note=policy.note,
+        lift_sbs_second=()
+        if second is None or second_sbs is None
+        else tuple(lift(second[:, :, p], second_sbs[:, p]) for p in windows),
+        value_train=() if train is None else tuple(mean_interval(train[:, :, p]) for p in windows),
     )
 
 
@@ -219,17 +261,36 @@ def cells(row: PolicyRow, window: int) -> tuple[str, ...]:
     )
 
 
+def second_cell(row: PolicyRow, window: int) -> str:
+    """Lift over the single best strategy under the second judge, and whether it contradicts the main judge's."""
+    if not row.lift_sbs_second:
+        return "-"
+    return row.lift_sbs_second[window].as_percent() + (" model-dependent" if row.model_dependent(window) else "")
+
+
+def _lines(rows: Sequence[PolicyRow], window: int) -> list[tuple[str, ...]]:
+    """Header and rows; the second judge's column is there when something was played under it."""
+    chosen = ordered(rows, window)
+    if not any(row.lift_sbs_second for row in rows):
+        return [HEADER, *(cells(row, window) for row in chosen)]
+    return [
+        (*HEADER, "lift over SBS, second judge"),
+        *((*cells(row, window), second_cell(row, window)) for row in chosen),
+    ]
+
+
 def text_table(rows: Sequence[PolicyRow], window: int) -> str:
     """The leaderboard in aligned columns, best first within each kind."""
-    lines = [HEADER, *(cells(row, window) for row in ordered(rows, window))]
-    widths = [max(len(line[c]) for line in lines) for c in range(len(HEADER))]
+    lines = _lines(rows, window)
+    widths = [max(len(line[c]) for line in lines) for c in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def markdown_table(rows: Sequence[PolicyRow], window: int) -> str:
     """The leaderboard as a Markdown table."""
-    head = f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}"
-    return "\n".join([head, *(f"| {' | '.join(cells(row, window))} |" for row in ordered(rows, window))])
+    head, *body = _lines(rows, window)
+    top = f"| {' | '.join(head)} |\n|{'---|' * len(head)}"
+    return "\n".join([top, *(f"| {' | '.join(line)} |" for line in body)])
 
 
 def ordered(rows: Sequence[PolicyRow], window: int) -> list[PolicyRow]:
@@ -244,6 +305,7 @@ def csv_text(rows: Sequence[PolicyRow], headroom: Headroom, world: str) -> str:
     names = ("value", "lift_sbs", "lift_sched", "agc_user", "agc_greedy")
     columns = ["world", "policy", "kind", "horizon", "value", "lo", "hi"]
     columns += [f"{name}{end}" for name in names[1:] for end in ("", "_lo", "_hi")]
+    columns += ["lift_sbs_second", "lift_sbs_second_lo", "lift_sbs_second_hi", "model_dependent", "value_train_judge"]
     columns += ["p_holm_sched", "entropy_bits", "worst_decile", "cost", "seconds", "seeds", "users"]
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
@@ -254,6 +316,13 @@ def csv_text(rows: Sequence[PolicyRow], headroom: Headroom, world: str) -> str:
                 interval: Interval | None = getattr(row, name)[index]
                 numbers = ("", "", "") if interval is None else (interval.estimate, interval.low, interval.high)
                 line += [f"{x:.6g}" if x != "" else "" for x in numbers]
+            if row.lift_sbs_second:
+                other = row.lift_sbs_second[index]
+                line += [f"{x:.6g}" for x in (other.estimate, other.low, other.high)]
+                line += [str(row.model_dependent(index)).lower()]
+            else:
+                line += [""] * 4
+            line += [f"{row.value_train[index].estimate:.6g}" if row.value_train else ""]
             line += ["" if row.p_holm is None else f"{row.p_holm:.4g}", f"{row.entropy:.4f}"]
             line += [f"{row.worst_decile:.6g}", f"{row.cost:.4f}"]
             line += ["" if row.seconds is None else f"{row.seconds:.1f}", row.seeds, row.value[index].users]

@@ -42,6 +42,7 @@ class ReportData:
         verdict: The answer.
         checks: Name of each self-check and what came out.
         provenance: Name and value: command lines, seeds, versions, hashes.
+        validity: What `experiments.validity` found for this world; None when it was not asked.
     """
 
     world: World
@@ -50,6 +51,7 @@ class ReportData:
     verdict: Verdict
     checks: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
+    validity: Mapping[str, Any] | None = None
 
 
 def render(data: ReportData) -> str:
@@ -61,6 +63,8 @@ def render(data: ReportData) -> str:
     Returns:
         One self-contained HTML document.
     """
+    from metarec_gym.evaluation.validity_report import validity_section
+
     headline = data.headroom.headline
     rows = ordered(data.rows, headline)
     by_name = {row.name: row for row in rows}
@@ -72,6 +76,7 @@ def render(data: ReportData) -> str:
         _section("Utility over the episode", _curves(rows)),
         _section("Who gets which strategy", _segments(data, by_name)),
         _section("Shorter horizons and the end of the episode", _windows(data, rows)),
+        validity_section(data.validity),
         _section("The world and its judges", _world_card(data.world)),
         _section("The log", _data_card(data.world)),
         _section("How this was measured", _method(data)),
@@ -123,7 +128,9 @@ def cautions(world: World) -> list[str]:
             "simulated users; how far it carries to the real ones is open."
         )
     for fold, judge in world.metrics.get("judges", {}).items():
-        for outcome, facts in judge.get("outcomes", {}).items() if isinstance(judge, dict) else ():
+        # variants of a judge ("A/uniform") are there for sensitivity: nothing rests on them alone
+        main = isinstance(judge, dict) and "/" not in fold
+        for outcome, facts in judge.get("outcomes", {}).items() if main else ():
             loss = facts.get("heldout", {}).get("log_loss", {})
             if "judge" in loss and any(loss["judge"] >= v for n, v in loss.items() if n != "judge"):
                 found.append(

@@ -7,8 +7,10 @@ and a difference between two policies on the same rows is theirs alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -129,12 +131,79 @@ class Choices:
         return self.strategy.to(rows.context.device)[rows.context, rows.replicate]
 
 
+class Seat(Protocol):
+    """A privileged reference at play: it looks into the environment that it plays."""
+
+    def begin(self, env: Any) -> None:
+        """All rows of `env` have just been reset."""
+
+    def choose(self, env: Any, action_mask: Tensor, request: int) -> Tensor:
+        """Strategy of every row at the request (0, 1, ...); bool (num_envs, K) -> int64 (num_envs,)."""
+
+
+@runtime_checkable
+class Privileged(Protocol):
+    """A reference that sees what no policy may see: for evaluation only."""
+
+    def effort(self, n_strategies: int) -> int:
+        """Work of one request, in requests of a fixed strategy."""
+
+    def seat(self, make_env: Callable[[int], Any]) -> Seat:
+        """The reference at play; `make_env` makes environments like the one played, for a number of rows."""
+
+
 class Greedy:
     """At each state the strategy of highest true expected immediate reward: privileged, myopic, no upper bound."""
 
+    def effort(self, n_strategies: int) -> int:
+        """Every strategy's slate is looked at, and one is served."""
+        return 1 + n_strategies // 2
 
-Player = Policy | RowRule | Greedy | Callable[[], Policy]
-"""What can be played: a policy (or a function that makes one), a rule over rows, or the greedy oracle."""
+    def seat(self, make_env: Callable[[int], Any]) -> Seat:
+        """It needs nothing but the environment."""
+        return self
+
+    def begin(self, env: Any) -> None:
+        """Nothing is remembered."""
+
+    def choose(self, env: Any, action_mask: Tensor, request: int) -> Tensor:
+        """The strategy that is worth most right now."""
+        best: Tensor = env.peek_expected_rewards().masked_fill(~action_mask, -torch.inf).argmax(dim=1)
+        return best
+
+
+Player = Policy | RowRule | Privileged | Callable[[], Policy]
+"""What can be played: a policy (or a function that makes one), a rule over rows, or a privileged reference."""
+
+
+def effort_of(player: Player, n_strategies: int) -> int:
+    """Work of one request, in requests of a fixed strategy."""
+    return player.effort(n_strategies) if isinstance(player, Privileged) else 1
+
+
+OWN_SETTINGS = ("action", "fold", "horizon", "slate_size", "cost_weight")
+"""Settings of the environment that an evaluation sets by itself."""
+
+
+def check_env_settings(env: Mapping[str, Any]) -> None:
+    """Refuses extra environment settings that do not exist, that the evaluation sets itself, or that JSON cannot hold.
+
+    Args:
+        env: Settings by name, as `EnvConfig` has them.
+
+    Raises:
+        ValueError: With what is possible.
+    """
+    from metarec_gym.envs.config import EnvConfig
+
+    known = [f.name for f in fields(EnvConfig) if f.name not in OWN_SETTINGS]
+    wrong = sorted(set(env) - set(known))
+    if wrong:
+        raise ValueError(f"the environment settings name {wrong}; possible are {', '.join(known)}")
+    try:
+        json.dumps(env)
+    except TypeError as error:
+        raise ValueError(f"the environment settings {dict(env)!r} are not JSON values: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -285,6 +354,7 @@ def rollout(
     env_seed: int,
     slate_size: int | None = None,
     cost_weight: float = 0.0,
+    env_settings: Mapping[str, Any] | None = None,
     noise_base: int = 0,
     device: str | torch.device = "cpu",
     batch_rows: int = 2048,
@@ -303,10 +373,11 @@ def rollout(
         env_seed: Seed of the draws; equal seeds give equal luck to every player.
         slate_size: Items a request; None takes the world's.
         cost_weight: Reward lost for the relative serving cost.
+        env_settings: Further keyword arguments of the environment (`judge`, `session_requests` ...).
         noise_base: Key of the first replicate's luck; replicate r has `noise_base + r`.
         device: Where the environment runs.
         batch_rows: Episodes played side by side.
-        progress: Called with the number of user-steps just played.
+        progress: Called after every request with the number of users just served.
         make_env: Makes the environment for a number of rows; None makes `MetaRecVectorEnv`.
 
     Returns:
@@ -320,11 +391,12 @@ def rollout(
     if total == 0:
         raise ValueError(f"{n_contexts} start states and {replicates} replicates leave no episode to play")
     if make_env is None:
-        make_env = _env_maker(world, fold, horizon, slate_size, cost_weight, device)
+        make_env = env_maker(world, fold, horizon, slate_size, cost_weight, env_settings, device)
     context = torch.arange(n_contexts).repeat_interleave(replicates)
     replicate = torch.arange(replicates).repeat(n_contexts)
     batch = min(batch_rows, total)
     env = make_env(batch)
+    seat = player.seat(make_env) if isinstance(player, Privileged) else None
     parts: list[dict[str, NDArray[Any]]] = []
     with torch.no_grad():
         for low in range(0, total, batch):
@@ -333,11 +405,10 @@ def rollout(
             index = torch.where(index < total, index, low)
             start = contexts[context[index]]
             rows = Rows(context[index], start, replicate[index], world.tensors["start_length"][start].to(torch.int64))
-            part = _play(env, player, rows, noise_base, horizon, env_seed, torch.device(device))
             kept = min(batch, total - low)
+            tick = functools.partial(progress, kept) if progress is not None else None
+            part = _play(env, player, seat, rows, noise_base, horizon, env_seed, device, tick)
             parts.append({name: array[:kept] for name, array in part.items()})
-            if progress is not None:
-                progress(kept * horizon)
     env.close()
     merged = {
         name: np.concatenate([p[name] for p in parts]).reshape(n_contexts, replicates, horizon) for name in parts[0]
@@ -361,6 +432,7 @@ def greedy_schedule(
     env_seed: int,
     slate_size: int | None = None,
     cost_weight: float = 0.0,
+    env_settings: Mapping[str, Any] | None = None,
     device: str | torch.device = "cpu",
 ) -> Schedule:
     """Learns a schedule from training users: at each request the strategy that is worth most to them on average.
@@ -376,12 +448,13 @@ def greedy_schedule(
         env_seed: Seed of the draws.
         slate_size: Items a request; None takes the world's.
         cost_weight: Reward lost for the relative serving cost.
+        env_settings: Further keyword arguments of the environment.
         device: Where the environment runs.
 
     Returns:
         The schedule.
     """
-    env = _env_maker(world, fold, horizon, slate_size, cost_weight, device)(len(contexts))
+    env = env_maker(world, fold, horizon, slate_size, cost_weight, env_settings, device)(len(contexts))
     lengths = world.tensors["start_length"][contexts].to(torch.int64)
     place = torch.bucketize(lengths, torch.tensor(edges, dtype=torch.int64), right=True).to(device)
     where = torch.nn.functional.one_hot(place, len(edges) + 1).to(torch.float64)
@@ -391,22 +464,34 @@ def greedy_schedule(
             seed=env_seed, options={"start_state": contexts.to(device), "noise": torch.zeros_like(contexts).to(device)}
         )
         alive = torch.ones(len(contexts), dtype=torch.float64, device=device)
-        for _ in range(horizon):
+        key = fold_in(mix(torch.tensor(stream(env_seed, "policy draws"))), contexts).to(device)
+        for request in range(horizon):
             mask = torch.as_tensor(info["action_mask"], device=device).to(torch.bool)
             worth = env.peek_expected_rewards().to(torch.float64) * alive[:, None]
             # mean over the range's users; users who left are worth nothing under any strategy
-            best = (where.T @ worth).masked_fill(~mask[0], -torch.inf).argmax(dim=1)
+            best = (where.T @ worth).masked_fill(~mask.any(dim=0), -torch.inf).argmax(dim=1)
             for turns, strategy in zip(table, best.tolist(), strict=True):
                 turns.append(int(strategy))
-            _, _, terminated, truncated, info = env.step(best[place])
+            action = _rule_action(best[place], mask, fold_in(key, request))
+            _, _, terminated, truncated, info = env.step(action)
             alive = alive * (~(terminated | truncated)).to(torch.float64)
     env.close()
     return Schedule(edges, tuple(tuple(turns) for turns in table))
 
 
-def _env_maker(
-    world: World, fold: str, horizon: int, slate_size: int | None, cost_weight: float, device: str | torch.device
+def env_maker(
+    world: World,
+    fold: str,
+    horizon: int,
+    slate_size: int | None,
+    cost_weight: float,
+    env_settings: Mapping[str, Any] | None,
+    device: str | torch.device,
 ) -> Callable[[int], Any]:
+    """A function that makes the environment policies are played in, for a number of rows."""
+    settings = dict(env_settings or {})
+    check_env_settings(settings)
+
     def make(num_envs: int) -> Any:
         from metarec_gym.envs.vector_env import MetaRecVectorEnv
 
@@ -420,6 +505,7 @@ def _env_maker(
             device=str(device),
             output="torch",
             autoreset_mode="Disabled",
+            **settings,
         )
 
     return make
@@ -428,11 +514,13 @@ def _env_maker(
 def _play(
     env: Any,
     player: Player,
+    seat: Seat | None,
     rows: Rows,
     noise_base: int,
     horizon: int,
     env_seed: int,
-    device: torch.device,
+    device: str | torch.device,
+    tick: Callable[[], object] | None,
 ) -> dict[str, NDArray[Any]]:
     n = len(rows.context)
     noise = noise_base + rows.replicate
@@ -442,14 +530,23 @@ def _play(
     # the policy's luck hangs on the episode, never on the row or the batch
     key = fold_in(mix(torch.tensor(stream(env_seed, "policy draws"))).to(device), rows.start_state)
     key = fold_in(key, noise.to(device))
-    policy = player if isinstance(player, Greedy | RowRule) else _as_policy(player)
-    if not isinstance(policy, Greedy | RowRule):
+    rule = player if isinstance(player, RowRule) else None
+    policy = None if seat is not None or rule is not None else _as_policy(cast("Policy", player))
+    if seat is not None:
+        seat.begin(env)
+    if policy is not None:
         policy.begin(n, device)
     alive = torch.ones(n, dtype=torch.bool, device=device)
     out: dict[str, list[Tensor]] = {name: [] for name in ("expected", "reward", "action", "alive", "engaged")}
     for request in range(horizon):
         mask = torch.as_tensor(info["action_mask"], device=device).to(torch.bool)
-        action = _act(policy, env, obs, mask, rows, request, fold_in(key, request))
+        if seat is not None:
+            action = seat.choose(env, mask, request)
+        elif rule is not None:
+            action = _rule_action(rule.row_choice(rows, request), mask, fold_in(key, request))
+        else:
+            probs = cast(Policy, policy).action_probs(obs, mask)
+            action = sample_actions(probs, uniform(fold_in(key, request)))
         seen = obs
         obs, reward, terminated, truncated, info = env.step(action)
         reward = torch.where(alive, reward.to(torch.float32), 0.0)
@@ -459,26 +556,20 @@ def _play(
         out["alive"].append(alive)
         taken = torch.as_tensor(info["outcomes"], device=device)[:, :, 0] > 0
         out["engaged"].append(torch.where(alive, taken.sum(dim=1), 0).to(torch.int16))
-        if not isinstance(policy, Greedy | RowRule):
+        if policy is not None:
             policy.observe(seen, action, reward, alive)
         alive = alive & ~(terminated | truncated)
+        if tick is not None:
+            tick()
     return {name: torch.stack(steps, dim=1).cpu().numpy() for name, steps in out.items()}
 
 
-def _act(
-    policy: Policy | RowRule | Greedy, env: Any, obs: Tensor, mask: Tensor, rows: Rows, request: int, key: Tensor
-) -> Tensor:
-    if isinstance(policy, Greedy):
-        action: Tensor = env.peek_expected_rewards().masked_fill(~mask, -torch.inf).argmax(dim=1)
-        return action
-    if isinstance(policy, RowRule):
-        choice = policy.row_choice(rows, request)
-        available = mask.gather(1, choice[:, None])
-        if bool(available.all()):
-            return choice
-        probs = torch.where(available, one_hot_probs(choice, mask.shape[1]), masked_uniform(mask))
-    else:
-        probs = policy.action_probs(obs, mask)
+def _rule_action(choice: Tensor, mask: Tensor, key: Tensor) -> Tensor:
+    """A rule's choice; where it is out of service, one of the others at random."""
+    available = mask.gather(1, choice[:, None])
+    if bool(available.all()):
+        return choice
+    probs = torch.where(available, one_hot_probs(choice, mask.shape[1]), masked_uniform(mask))
     return sample_actions(probs, uniform(key))
 
 

@@ -1,4 +1,7 @@
-"""Does selecting pay on this log, with this pool? Three answers, decided by bounds and not by point estimates."""
+"""Does selecting pay on this log, with this pool? Decided by bounds and not by point estimates.
+
+An answer that a judge of another family contradicts is no answer about the log: it is called model-dependent.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from metarec_gym.evaluation.metrics import MIN_HEADROOM
 RULE = "best non-personal rule"
 """Its name among the headrooms."""
 PAYS, JUST_USE, CANNOT_TELL = "selection pays", "just use", "cannot tell"
+MODEL_DEPENDENT = "model-dependent"
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Verdict:
     """The answer.
 
     Attributes:
-        kind: "selection pays", "just use" or "cannot tell".
+        kind: "selection pays", "just use", "cannot tell" or "model-dependent".
         headline: The answer in a few words.
         reason: Why, in plain words.
         policy: The learned policy it rests on, if any.
@@ -36,6 +40,7 @@ def decide(
     learned: Mapping[str, Interval],
     *,
     sched: str | None = None,
+    second: Mapping[str, tuple[Interval, Interval]] | None = None,
     level: float = 0.95,
 ) -> Verdict:
     """Verdict from bounds.
@@ -48,25 +53,54 @@ def decide(
         headrooms: Lift over the single best strategy of each oracle and of the best non-personal rule.
         learned: Lift over the best non-personal rule of each learned policy; may be empty.
         sched: The best non-personal rule in words.
+        second: Lift over the single best strategy of each policy under the main judge and under one of another family; the
+            best non-personal rule is among them as `RULE`. A policy whose sure lift changes sign is believed in neither
+            direction.
         level: Confidence level of the whole statement.
 
     Returns:
-        "selection pays" when a lower bound of a learned lift is above 2 %; "just use" when the upper bounds of all
-        headrooms and of all learned lifts are below 2 %; "cannot tell" otherwise.
+        "selection pays" when a lower bound of a learned lift is above 2 % and the second judge does not turn that policy's
+        lift over the single best strategy round; "just use" when the upper bounds of all headrooms and of all learned
+        lifts are below 2 % and nothing surely beats the single best strategy by 2 % under the second judge;
+        "model-dependent" where the second judge alone stands against one of these; "cannot tell" otherwise.
     """
+    turned = {n: pair for n, pair in (second or {}).items() if sign_changes(*pair)}
     edge = f"{MIN_HEADROOM:.0%}".replace("%", " %")
     corrected = {name: i.at_level(1.0 - (1.0 - level) / len(learned)) for name, i in learned.items()}
     note = f" (bounds corrected for {len(learned)} learned policies by Bonferroni)" if len(learned) > 1 else ""
     best = max(corrected, key=lambda name: corrected[name].low) if corrected else None
-    if best is not None and corrected[best].low > MIN_HEADROOM:
+    paying = sorted((n for n, i in corrected.items() if i.low > MIN_HEADROOM), key=lambda n: -corrected[n].low)
+    lasting = [name for name in paying if name not in turned]
+    if lasting:
+        best = lasting[0]
+        contradicted = [name for name in paying if name in turned]
         return Verdict(
             PAYS,
             f"selection pays: {best} gains {learned[best].as_percent()} over the best non-personal rule",
-            f"The lower bound of its lift, {100 * corrected[best].low:+.1f} %, is above {edge}{note}.",
+            f"The lower bound of its lift, {100 * corrected[best].low:+.1f} %, is above {edge}{note}."
+            + (f" Model-dependent and not counted: {', '.join(contradicted)}." if contradicted else ""),
             best,
+        )
+    if paying:
+        return Verdict(
+            MODEL_DEPENDENT,
+            f"model-dependent (until then the safe choice is {sbs})",
+            f"{paying[0]} gains {learned[paying[0]].as_percent()} over the best non-personal rule, but a judge of another "
+            f"family turns its lift over {sbs} round: {_pair(turned[paying[0]])}.",
+            paying[0],
         )
     open_headrooms = {name: i for name, i in headrooms.items() if not i.high < MIN_HEADROOM}
     open_learned = {name: i for name, i in corrected.items() if not i.high < MIN_HEADROOM}
+    wide = 1.0 - (1.0 - level) / max(len(second or {}), 1)
+    beaten = {n: pair for n, pair in (second or {}).items() if pair[1].at_level(wide).low > MIN_HEADROOM}
+    if not open_headrooms and not open_learned and beaten:
+        name = max(beaten, key=lambda n: beaten[n][1].low)
+        return Verdict(
+            MODEL_DEPENDENT,
+            f"model-dependent (until then the safe choice is {sbs})",
+            f"Under the main judge there is nothing to win over {sbs}, but under a judge of another family {name} surely "
+            f"beats it: {_pair(beaten[name])}.",
+        )
     if not open_headrooms and not open_learned:
         what = "every headroom" + (" and of every learned policy's lift" if learned else "")
         return Verdict(
@@ -96,7 +130,23 @@ def decide(
             f"over the best non-personal rule, surely less than {edge}{note}."
         )
     rule = headrooms.get(RULE)
+    if turned:
+        listed = "; ".join(f"{name} {_pair(pair)}" for name, pair in sorted(turned.items()))
+        sentences.append(
+            f"Model-dependent: the lift over {sbs} changes sign under a judge of another family for {listed}."
+        )
+    if RULE in turned:
+        return Verdict(CANNOT_TELL, f"cannot tell (until then the safe choice is {sbs})", " ".join(sentences), best)
     if sched is not None and rule is not None and rule.low > MIN_HEADROOM:
         sentences.append(f"What is sure without learning: {sched} gains {rule.as_percent()} over {sbs}.")
         return Verdict(CANNOT_TELL, f"cannot tell (until then the safe choice is {sched})", " ".join(sentences), best)
     return Verdict(CANNOT_TELL, f"cannot tell (until then the safe choice is {sbs})", " ".join(sentences), best)
+
+
+def sign_changes(main: Interval, second: Interval) -> bool:
+    """Whether `main` excludes 0 and `second` lies on the other side of it."""
+    return (main.low > 0.0 > second.estimate) or (main.high < 0.0 < second.estimate)
+
+
+def _pair(pair: tuple[Interval, Interval]) -> str:
+    return f"{pair[0].as_percent()} under the main judge, {pair[1].as_percent()} under the second"
