@@ -469,7 +469,7 @@ def run(args: Args) -> Comparison:
     """
     from metarec_gym.evaluation.leaderboard import TRAINED, csv_text, leaderboard, markdown_table, text_table
     from metarec_gym.evaluation.report import ReportData, cautions, render
-    from metarec_gym.evaluation.validity import read_validity
+    from metarec_gym.evaluation.validity.findings import read_validity
     from metarec_gym.evaluation.verdict import RULE, decide
 
     started = time.perf_counter()

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 CODE = (
     *PLAY_CODE,
     "metarec_gym/evaluation/references.py",
-    "metarec_gym/evaluation/validity_checks.py",
-    "metarec_gym/evaluation/validity_sample.py",
-    "metarec_gym/evaluation/validity_time.py",
-    "metarec_gym/evaluation/validity_windows.py",
-    "metarec_gym/evaluation/validity_parts.py",
-    "metarec_gym/evaluation/validity_play.py",
+    "metarec_gym/evaluation/validity/checks.py",
+    "metarec_gym/evaluation/validity/sample.py",
+    "metarec_gym/evaluation/validity/timing.py",
+    "metarec_gym/evaluation/validity/windows.py",
+    "metarec_gym/evaluation/validity/parts.py",
+    "metarec_gym/evaluation/validity/variations.py",
     "metarec_gym/response/predictive_check.py",
     "experiments/validity.py",
 )
@@ -103,7 +103,7 @@ def find_log(world: World, given: Path | None) -> tuple[Dataset | None, NDArray[
         ValueError: When the log given is another one.
     """
     from metarec_gym.data import InteractionLog
-    from metarec_gym.evaluation.validity_sample import served_by, world_dataset
+    from metarec_gym.evaluation.validity.sample import served_by, world_dataset
 
     folder = given if given is not None else ROOT / "envs_data" / world.name
     if given is None and not (folder / "log.json").is_file():
@@ -143,8 +143,8 @@ def run(args: Args) -> dict[str, Any]:
     Returns:
         The result row.
     """
-    from metarec_gym.evaluation.validity import FILE, conclude
-    from metarec_gym.evaluation.validity_report import page
+    from metarec_gym.evaluation.validity.findings import FILE, conclude
+    from metarec_gym.evaluation.validity.page import page
 
     world = load_world(args.world)
     dataset, served, no_log = find_log(world, args.log)
@@ -204,9 +204,9 @@ def _measure(
     no_log: str,
     folder: RunFolder,
 ) -> dict[str, Any]:
-    from metarec_gym.evaluation import validity_parts as parts
-    from metarec_gym.evaluation import validity_play as plays
-    from metarec_gym.evaluation.validity import SCHEMA
+    from metarec_gym.evaluation.validity import parts
+    from metarec_gym.evaluation.validity import variations as plays
+    from metarec_gym.evaluation.validity.findings import SCHEMA
 
     kept = _Parts(folder.path / "parts", not args.quiet)
     settings = eval_settings(args.quick, args.seed)

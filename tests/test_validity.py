@@ -18,8 +18,7 @@ from metarec_gym import world_building
 from metarec_gym.data import Dataset, InteractionLog, encode, synthetic_log
 from metarec_gym.evaluation.headroom import EvalSettings
 from metarec_gym.evaluation.intervals import Interval
-from metarec_gym.evaluation.validity import FAIL, OPEN, PASS, conclude, find, headroom_verdict, read_validity, within
-from metarec_gym.evaluation.validity_checks import (
+from metarec_gym.evaluation.validity.checks import (
     calibration,
     clustered_mean,
     concordance,
@@ -28,16 +27,26 @@ from metarec_gym.evaluation.validity_checks import (
     rank_correlation,
     two_sample_auc,
 )
-from metarec_gym.evaluation.validity_parts import (
+from metarec_gym.evaluation.validity.findings import (
+    FAIL,
+    OPEN,
+    PASS,
+    conclude,
+    find,
+    headroom_verdict,
+    read_validity,
+    within,
+)
+from metarec_gym.evaluation.validity.page import page, validity_section
+from metarec_gym.evaluation.validity.parts import (
     outcome_part,
     predictive_part,
     rates_by_group,
     windows_part,
 )
-from metarec_gym.evaluation.validity_play import Variation, play_variations, sensitivity_rows
-from metarec_gym.evaluation.validity_report import page, validity_section
-from metarec_gym.evaluation.validity_sample import HeldOut, at_rate, lengths_before, served_by, world_dataset
-from metarec_gym.evaluation.validity_windows import taste_given_history
+from metarec_gym.evaluation.validity.sample import HeldOut, at_rate, lengths_before, served_by, world_dataset
+from metarec_gym.evaluation.validity.variations import Variation, play_variations, sensitivity_rows
+from metarec_gym.evaluation.validity.windows import taste_given_history
 from metarec_gym.response.frozen import FrozenResponse, untimed
 from metarec_gym.response.predictive_check import check_world, emit
 from metarec_gym.seeding import numpy_rng, torch_generator

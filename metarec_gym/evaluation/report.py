@@ -63,7 +63,7 @@ def render(data: ReportData) -> str:
     Returns:
         One self-contained HTML document.
     """
-    from metarec_gym.evaluation.validity_report import validity_section
+    from metarec_gym.evaluation.validity.page import validity_section
 
     headline = data.headroom.headline
     rows = ordered(data.rows, headline)

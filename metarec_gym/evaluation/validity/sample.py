@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metarec_gym.data import FOLD_A, FOLD_B
 from metarec_gym.evaluation.intervals import Floats
-from metarec_gym.evaluation.validity_checks import Ints
+from metarec_gym.evaluation.validity.checks import Ints
 from metarec_gym.response.calibration import Spread, logistic_fit
 from metarec_gym.response.frozen import FrozenResponse
 from metarec_gym.seeding import stream, torch_generator

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from metarec_gym.evaluation.intervals import Floats, ratio_interval
 from metarec_gym.evaluation.metrics import SEGMENT_EDGES, SEGMENTS
 from metarec_gym.evaluation.rollout import per_user
-from metarec_gym.evaluation.validity_checks import (
+from metarec_gym.evaluation.validity.checks import (
     calibration,
     clustered_mean,
     concordance,
@@ -20,7 +20,7 @@ from metarec_gym.evaluation.validity_checks import (
     two_sample_auc,
     user_sums,
 )
-from metarec_gym.evaluation.validity_sample import (
+from metarec_gym.evaluation.validity.sample import (
     FOLD_NUMBER,
     FOLDS,
     HeldOut,
@@ -29,8 +29,8 @@ from metarec_gym.evaluation.validity_sample import (
     lengths_before,
     sampled_gate,
 )
-from metarec_gym.evaluation.validity_time import return_curves, session_curves
-from metarec_gym.evaluation.validity_windows import FEATURES, window_features, windows
+from metarec_gym.evaluation.validity.timing import return_curves, session_curves
+from metarec_gym.evaluation.validity.windows import FEATURES, window_features, windows
 
 if TYPE_CHECKING:
     from metarec_gym.data.dataset import Dataset

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metarec_gym.data import FOLD_S
-from metarec_gym.evaluation.validity_sample import FOLD_NUMBER, FOLDS, judges_of, periods
+from metarec_gym.evaluation.validity.sample import FOLD_NUMBER, FOLDS, judges_of, periods
 from metarec_gym.response.frozen import FrozenResponse
 from metarec_gym.response.predictive_check import ListsFunction, emit
 from metarec_gym.seeding import torch_generator

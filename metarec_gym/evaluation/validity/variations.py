@@ -15,9 +15,9 @@ from metarec_gym.evaluation.intervals import Floats, Interval, ratio_interval
 from metarec_gym.evaluation.metrics import lift
 from metarec_gym.evaluation.rollout import per_user
 from metarec_gym.evaluation.tasks import Arrays, Task, advance, run_tasks
-from metarec_gym.evaluation.validity import MAX_LOSS, MOVES, OPEN, STAYS, UNCLEAR, headroom_verdict
-from metarec_gym.evaluation.validity_checks import rank_correlation
-from metarec_gym.evaluation.validity_sample import judges_of
+from metarec_gym.evaluation.validity.checks import rank_correlation
+from metarec_gym.evaluation.validity.findings import MAX_LOSS, MOVES, OPEN, STAYS, UNCLEAR, headroom_verdict
+from metarec_gym.evaluation.validity.sample import judges_of
 
 if TYPE_CHECKING:
     from metarec_gym.world import World

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from metarec_gym.evaluation.intervals import Floats
-from metarec_gym.evaluation.validity_checks import curve_quantiles, hazard_curves
-from metarec_gym.evaluation.validity_sample import FOLD_NUMBER, FOLDS
+from metarec_gym.evaluation.validity.checks import curve_quantiles, hazard_curves
+from metarec_gym.evaluation.validity.sample import FOLD_NUMBER, FOLDS
 
 if TYPE_CHECKING:
     from metarec_gym.data.dataset import Dataset

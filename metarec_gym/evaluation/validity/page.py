@@ -21,7 +21,7 @@ from metarec_gym.evaluation.report import (
     _rows_table,
     _section,
 )
-from metarec_gym.evaluation.validity import FAIL, HALVES, MOVES, OPEN, PASS, SLOPE, STAYS, excess
+from metarec_gym.evaluation.validity.findings import FAIL, HALVES, MOVES, OPEN, PASS, SLOPE, STAYS, excess
 
 _TONE = {PASS: "up", FAIL: "down", OPEN: "caution"}
 _MARK = {PASS: "&#10003; pass", FAIL: "&#10007; fail", OPEN: "? cannot tell"}
