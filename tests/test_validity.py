@@ -495,8 +495,8 @@ def test_a_killed_run_keeps_its_parts(truth: Truth, finished: dict[str, Any], mo
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("a part that was kept is measured again")
 
-    for part in ("parts.outcome_part", "parts.windows_part", "parts.time_part", "play.play_part"):
-        monkeypatch.setattr(f"metarec_gym.evaluation.validity_{part}", never)
+    for part in ("parts.outcome_part", "parts.windows_part", "parts.time_part", "variations.play_part"):
+        monkeypatch.setattr(f"metarec_gym.evaluation.validity.{part}", never)
     assert run(arguments(truth))["findings"] == finished["findings"]
 
 
