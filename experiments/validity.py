@@ -5,7 +5,8 @@
 Compares the judges with simple rules and with the log: log-loss, calibration, rates, session lengths and return times, the
 posterior predictive check, the order of the strategies, whether a classifier can tell simulated sessions from real ones; then
 plays the strategies against other judges and settings that the log cannot tell. Writes `validity.json` beside the world, and
-`result.json` and `validity.html` in the run's folder. A killed run goes on where it was; a finished one is found again.
+`result.json`, `validity.html` and `validity.md` in the run's folder. A killed run goes on where it was; a finished one is found
+again.
 """
 
 from __future__ import annotations
@@ -145,6 +146,7 @@ def run(args: Args) -> dict[str, Any]:
     """
     from metarec_gym.evaluation.validity.findings import FILE, conclude
     from metarec_gym.evaluation.validity.page import page
+    from metarec_gym.evaluation.validity.text import markdown
 
     world = load_world(args.world)
     dataset, served, no_log = find_log(world, args.log)
@@ -174,6 +176,7 @@ def run(args: Args) -> dict[str, Any]:
     provenance = {"command": (folder.path / "command.txt").read_text().strip(), "code hash": str(facts["code"])}
     target = write_atomic(args.world / FILE, json.dumps(validity, indent=1) + "\n")
     report = write_atomic(folder.path / "validity.html", page(validity, provenance))
+    write_atomic(folder.path / "validity.md", markdown(validity, provenance))
     row = folder.finish(
         {
             "world": world.hash,

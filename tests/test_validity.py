@@ -45,6 +45,7 @@ from metarec_gym.evaluation.validity.parts import (
     windows_part,
 )
 from metarec_gym.evaluation.validity.sample import HeldOut, at_rate, lengths_before, served_by, world_dataset
+from metarec_gym.evaluation.validity.text import markdown
 from metarec_gym.evaluation.validity.variations import Variation, play_variations, sensitivity_rows
 from metarec_gym.evaluation.validity.windows import taste_given_history
 from metarec_gym.response.frozen import FrozenResponse, untimed
@@ -486,6 +487,15 @@ def test_the_command_writes_validity_beside_the_world_and_finds_its_run_again(
     assert {"judge", "popularity", "base_rate"} <= set(validity["log_loss"])
     again = run(arguments(truth))
     assert (again["seconds"], again["findings"]) == (finished["seconds"], finished["findings"])
+
+
+def test_the_markdown_page_holds_the_verdict_every_finding_and_every_variation(truth: Truth, finished: dict[str, Any]):
+    validity = json.loads((truth.folder / "world" / "validity.json").read_text())
+    text = markdown(validity, {"command": "python -m experiments.validity"})
+    assert text.startswith(f"# How far may {truth.world.name} be believed?\n\n**{validity['verdict']['headline']}.**")
+    for finding in validity["findings"]:
+        assert f"| {finding['question']} | {finding['result']} |" in text
+    assert all(f"| {row['label']} |" in text for row in validity["sensitivity"])
 
 
 def test_a_killed_run_keeps_its_parts(truth: Truth, finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
