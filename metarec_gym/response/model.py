@@ -74,8 +74,9 @@ class ResponseConfig:
     """How negatives are drawn where the log has none; log q is put back, so it changes noise and not meaning."""
     negatives: int = 256
     """Negatives shared by a mini-batch of a positives-only log."""
-    batch_size: int = 512
-    """Prefixes a mini-batch."""
+    batch_size: int | None = None
+    """Prefixes a mini-batch; None = 512 up to 100,000 rows, 2,048 above: on MovieLens-1M's folds as good in little more than half
+    the time, and better for outcomes that are learnt in one pass."""
     learning_rate: float = 8e-3
     """Adam's step size."""
     l2_vector: float = 10.0
@@ -106,6 +107,13 @@ class ResponseConfig:
     """Events an average item's share in a period is smoothed with; infinity = no dated feature."""
     base_rate: float | None = None
     """Probability that a user takes an unseen item drawn uniformly; None = the log's density. Unused with impressions."""
+
+
+def batch_size_of(config: ResponseConfig, n_rows: int) -> int:
+    """Prefixes a mini-batch of a fit on `n_rows` rows."""
+    if config.batch_size is not None:
+        return config.batch_size
+    return 512 if n_rows <= 100_000 else 2048
 
 
 def inner_folds_of(config: ResponseConfig, n_users: int) -> int:
@@ -824,7 +832,7 @@ def fit_network(
     Returns:
         The network, the passes it took, and the validation loss per row after each pass.
     """
-    generator = torch_generator(seed, "network", outcome)
+    generator, batch_size = torch_generator(seed, "network", outcome), batch_size_of(config, rows.n)
     usable = torch.ones(rows.n, dtype=torch.bool) if outcome == 0 and not sampled else rows.engaged
     index = torch.nonzero(usable).flatten()
     target = rows.outcome[:, outcome].contiguous()
@@ -856,7 +864,7 @@ def fit_network(
     limit = config.max_epochs if epochs is None else epochs
     for epoch in range(limit):
         order = index[torch.randperm(len(index), generator=generator)]
-        for batch in order.split(config.batch_size):
+        for batch in order.split(batch_size):
             network = learner.network()
             if gate:
                 negatives = draw_items(space.q, (config.negatives,), generator)
