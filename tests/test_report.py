@@ -115,6 +115,14 @@ def _page(world: World, headroom: Headroom, rows: list[PolicyRow]) -> str:
     return render(ReportData(world, headroom, rows, verdict, {"check": "0"}, {"command": "python -m x --a '<i>'"}))
 
 
+def test_the_report_shows_what_the_second_judge_says_of_each_lift(
+    tiny_world: World, headroom: Headroom, rows: list[PolicyRow]
+) -> None:
+    assert "<small>second judge" not in _page(tiny_world, headroom, rows)
+    again = [dataclasses.replace(row, lift_sbs_second=row.lift_sbs) for row in rows]
+    assert _page(tiny_world, headroom, again).count("<small>second judge") == len(rows)
+
+
 def test_the_report_is_one_file_that_asks_for_nothing_else(
     tiny_world: World, headroom: Headroom, rows: list[PolicyRow]
 ) -> None:

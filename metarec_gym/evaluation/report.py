@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metarec_gym.evaluation.leaderboard import TRAINED, PolicyRow, cells, ordered
+from metarec_gym.evaluation.leaderboard import TRAINED, PolicyRow, cells, ordered, second_cell
 from metarec_gym.evaluation.metrics import MIN_HEADROOM, SEGMENT_EDGES, SEGMENTS
 
 if TYPE_CHECKING:
@@ -170,13 +170,15 @@ def _headroom(data: ReportData) -> str:
         for name, interval in headrooms.items()
     ]
     plug_in = headroom.plug_in()
+    references = "".join(f"<p>{_e(line[0].upper() + line[1:])}.</p>" for line in headroom.reference_lines())
     notes = "".join(f"<p class='note'>{_e(n)}</p>" for n in headroom.notes)
     return (
         f"<p>Lift over the single best strategy, <b>{_e(headroom.sbs_name)}</b>, at T = {headroom.horizon} requests; "
         "95 % intervals over users.</p>"
         + _rows_table(("reference", "what it is", "lift over SBS", ""), lines)
         + f"<p>Without cross-fitting the per-user oracle would read {_e(plug_in.as_percent())}: that much of it is luck "
-        f"({headroom.optimism:.2%} of the single best strategy with {headroom.replicates} replicates a half).</p>{notes}"
+        f"({headroom.optimism:.2%} of the single best strategy with {headroom.replicates} replicates a half).</p>"
+        f"{references}{notes}"
     )
 
 
@@ -215,6 +217,8 @@ def _table(rows: Sequence[PolicyRow], window: int, horizon: int) -> str:
         for index, interval in ((2, row.lift_sbs[window]), (3, row.lift_sched[window])):
             tone = "up" if interval.low > 0 else "down" if interval.high < 0 else ""
             cell[index] = f"<span class='{tone}'>{cell[index]}</span>"
+        if row.lift_sbs_second:
+            cell[2] += f"<br><small>second judge {_e(second_cell(row, window))}</small>"
         if kind != group:
             group = kind
             lines.append([f"<i>{_e(kind)}</i>", *[""] * (len(head) - 1)])
@@ -223,7 +227,8 @@ def _table(rows: Sequence[PolicyRow], window: int, horizon: int) -> str:
         f"<p>T = {horizon}. Utility is the expected reward of a request, zero after the user left. SBS: single best strategy. "
         "SCHED: best non-personal rule. Both are chosen on the training users. AGC: share of an oracle's gap that is closed "
         f"(0 = SBS, 1 = oracle), shown only where that gap is surely above {MIN_HEADROOM:.0%}. Strategies used: entropy, "
-        "0 bits = always the same. Cost: serving cost of a request, dearest strategy = 1. Coloured: the interval excludes 0."
+        "0 bits = always the same. Cost: serving cost of a request, dearest strategy = 1. Coloured: the interval excludes 0. "
+        "Second judge: the same choices scored by a response model of another family."
         "</p>" + _rows_table(head, lines, kind="board")
     )
 
