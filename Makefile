@@ -10,7 +10,7 @@ LOG := envs_data/movielens_100k
 .PHONY: train install test test-slow check format wheel clean help
 
 help:
-	@echo "make train    MovieLens-100K: log, world, headroom, agents, comparison, report (about 10 minutes on 2 cores)"
+	@echo "make train    MovieLens-100K: log, world, headroom, agents, comparison, report (about 17 minutes on 2 cores)"
 	@echo "make test     the tests"
 	@echo "make check    ruff, mypy, import-linter"
 	@echo "make wheel    build the wheel and try it in a clean environment"
