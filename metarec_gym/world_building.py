@@ -34,7 +34,6 @@ SAMPLERS: tuple[Literal["uniform", "sqrt_popularity", "popularity"], ...] = ("un
 """Samplers of negatives; those that the main judge does not use become variants of it."""
 DENSE = 0.9
 """Share of user-item pairs that a log must answer before a world may look its answers up."""
-_DAY_S = 86_400.0
 
 
 @dataclass

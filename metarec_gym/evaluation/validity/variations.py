@@ -18,6 +18,7 @@ from metarec_gym.evaluation.tasks import Arrays, Task, advance, run_tasks
 from metarec_gym.evaluation.validity.checks import rank_correlation
 from metarec_gym.evaluation.validity.findings import MAX_LOSS, MOVES, OPEN, STAYS, UNCLEAR, headroom_verdict
 from metarec_gym.evaluation.validity.sample import judges_of
+from metarec_gym.response.position import PRIOR_DECAY
 
 if TYPE_CHECKING:
     from metarec_gym.world import World
@@ -64,7 +65,7 @@ def variations(world: World, *, quick: bool = False) -> list[Variation]:
     found += [
         Variation("fatigue", "fatigue: a logit lost per unit of exposure", {"fatigue": 1.0}),
         Variation("patience", "patience: half leave after 5 requests with nothing taken", {"patience": 5.0}),
-        Variation("position", "places further down are seen less", {"position_decay": 0.5}),
+        Variation("position", "places further down are seen less", {"position_decay": PRIOR_DECAY}),
     ]
     if world.horizon > 1:
         size = max(world.horizon // 4, 1)
