@@ -58,14 +58,14 @@ def run(args: Args) -> list[Path]:
     for env_id in args.ids:
         scenario = SCENARIOS[env_id]
         try:
-            find = world_folder if scenario.has_world else log_folder
-            folder = find(scenario.log)
-        except FileNotFoundError as error:
+            folder = world_folder(scenario.log) if scenario.has_world else log_folder(scenario.log)
+            text = page(scenario, folder, places)
+        except (FileNotFoundError, ValueError) as error:
+            # one world that is missing or damaged is no reason to leave the other pages out
             print(f"skipped  {env_id}: {error}")
             continue
-        path = args.out / f"{env_id.removeprefix('MetaRec/')}.md"
-        written.append(write_atomic(path, page(scenario, folder, places)))
-        print(f"written  {path}")
+        written.append(write_atomic(args.out / f"{env_id.removeprefix('MetaRec/')}.md", text))
+        print(f"written  {written[-1]}")
     return written
 
 
