@@ -22,6 +22,7 @@ from experiments.run_folder import ENV_CODE, RunFolder, code_hash
 
 if TYPE_CHECKING:
     from metarec_gym.evaluation.tasks import Arrays
+    from metarec_gym.world import World
 
 SELECT_ID = "MetaRec/Select-v0"
 
@@ -48,7 +49,7 @@ class Args:
     """Trains one learner."""
 
     world: Path | None = None
-    """Folder of the world; the embedded synthetic one if absent."""
+    """Folder of the world; if absent that of a scenario (`--env MetaRec/MovieLens100K-Select-v0`), else the synthetic one."""
     agent: Literal["ppo", "sb3_ppo"] = "ppo"
     """The learner."""
     env: tuple[str, ...] = (SELECT_ID,)
@@ -135,10 +136,18 @@ def _convert(text: str, like: Any) -> Any:
     return text
 
 
-def run_folder(args: Args) -> RunFolder:
-    """The folder of this training run, finished or not."""
+def world_of(args: Args) -> World:
+    """The world given, else the one that the id stands for."""
+    import gymnasium
+
+    import metarec_gym  # noqa: F401  (registers the ids)
     from metarec_gym.world import resolve_world
 
+    return resolve_world(args.world or gymnasium.spec(env_of(args)[0]).kwargs.get("world"))
+
+
+def run_folder(args: Args) -> RunFolder:
+    """The folder of this training run, finished or not."""
     learner = LEARNERS[args.agent]
     env_id, settings = env_of(args)
     facts = {
@@ -146,7 +155,7 @@ def run_folder(args: Args) -> RunFolder:
         "agent": args.agent,
         "env": env_id,
         "env_settings": settings,
-        "world": resolve_world(args.world).hash,
+        "world": world_of(args).hash,
         "fold": args.fold,
         "num_envs": args.num_envs or learner.num_envs,
         "horizon": args.horizon,
@@ -171,9 +180,7 @@ def run(args: Args, command: str | None = None) -> dict[str, Any]:
     """
     import gymnasium
 
-    import metarec_gym  # noqa: F401  (registers the ids)
     from metarec_gym.evaluation.tasks import advance
-    from metarec_gym.world import resolve_world
 
     folder = run_folder(args)
     done = folder.result()
@@ -181,7 +188,7 @@ def run(args: Args, command: str | None = None) -> dict[str, Any]:
         return done
     folder.begin(args, command)
     learner = LEARNERS[args.agent]
-    world = resolve_world(args.world)
+    world = world_of(args)
     env_id, settings = env_of(args)
     env: Any = gymnasium.make_vec(
         env_id,

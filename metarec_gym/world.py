@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from metarec_gym.places import world_folder
 from metarec_gym.response.frozen import AnyJudge, LoggedResponse, make_judge
 
 if TYPE_CHECKING:
@@ -502,25 +503,26 @@ _LOADED: dict[tuple[str, int], World] = {}
 
 
 def resolve_world(world: World | str | Path | None) -> World:
-    """The world itself, the one in a folder (each folder is read once), or the synthetic default for None.
+    """The world itself, the one in a folder (each folder is read once), the one of a name, or the synthetic default for None.
 
     Args:
-        world: A World, a folder, or None.
+        world: A World, a folder, a name such as "movielens_100k" (see `metarec_gym.places`), or None.
 
     Raises:
-        FileNotFoundError: When the folder has no world.
+        FileNotFoundError: When the folder has no world, or there is none of that name; the message has the commands.
         WorldError: When it is damaged.
     """
     if isinstance(world, World):
         return world
     if world is None:
         return _default_world()
-    file = Path(world) / "world.json"
+    folder = world_folder(world)
+    file = folder / "world.json"
     if not file.is_file():
-        return World.load(world)
+        return World.load(folder)
     key = (str(file.resolve()), file.stat().st_mtime_ns)
     if key not in _LOADED:
-        _LOADED[key] = World.load(world)
+        _LOADED[key] = World.load(folder)
     return _LOADED[key]
 
 

@@ -122,6 +122,39 @@ def test_a_gradient_step_worked_out_by_hand(monkeypatch):
     assert after.gradient[0, :2].tolist() == pytest.approx(gradient)
 
 
+def test_a_step_of_the_environment_worked_out_by_hand(monkeypatch):
+    """The model and the gradient step of the test above; held out are (user 0, item 1) and (user 1, item 0)."""
+    monkeypatch.setattr(tune_training, "uniform", lambda key: torch.full(key.shape, 0.6 if key.ndim == 3 else 0.0))
+    env = TuneVectorEnv(
+        log=two_by_two(), metric="log_loss", cost_weight=0.7, horizon=4, updates_per_step=1, batch_size=1
+    )
+    env.reset(seed=0)
+    before = model([0.5, 1.0], [1.0, -1.0, 2.0, 0.0], [0.1, 0.0, 0.2, 0.0], 0.3)
+    # log-losses of the held-out items and of their negatives, items 2 and 3: logits -0.2 and 1.5, 1.4 and 0.3
+    metric = -np.mean(np.log1p(np.exp([0.2, 1.5, -1.4, 0.3])))
+    saved = env.get_state() | {f"state.{name}": value for name, value in before.items()}
+    env.set_state(saved | {"state.metric": torch.tensor([metric], dtype=torch.float32)})
+    action = env.config.action_of(step_users=0.1, step_items=0.2, step_weights=0.4, l2=0.5, hardness=2.0)
+    obs, reward, terminated, truncated, info = env.step(action[None])
+    # errors of the pair (user 0, item 0), logit 0.9, and of its negative item 2, logit 1.5
+    taken, negative = 1 / (1 + np.exp(-0.9)) - 1, 1 / (1 + np.exp(-1.5))
+    users = [0.5 * 0.95 - 0.1 * (taken * 1.0 + negative * 2.0), 1.0 * 0.95]
+    items = [1.0 * 0.9 - 0.2 * taken * 0.5, -1.0 * 0.9, 2.0 * 0.9 - 0.2 * negative * 0.5, 0.0]
+    bias = [0.1 * 0.8 - 0.4 * taken, 0.0, 0.2 * 0.8 - 0.4 * negative, 0.0]
+    mean = 0.3 - 0.4 * (taken + negative) / 2
+    logit = [[mean + bias[i] + users[u] * items[i] for i in range(4)] for u in range(2)]
+    after = -np.mean(np.log1p(np.exp([-logit[0][1], logit[0][2], -logit[1][0], logit[1][3]])))
+    # two candidates cost (6 + 2) / 14 of the dearest step
+    cost = 0.7 * (8 / 14) / 4
+    assert float(info["metric"][0]) == pytest.approx(after, abs=1e-6)
+    assert float(info["reward_metric"][0]) == pytest.approx(after - metric, abs=1e-6)
+    assert float(info["reward_cost"][0]) == pytest.approx(-cost, abs=1e-6)
+    assert float(reward[0]) == pytest.approx(after - metric - cost, abs=1e-6)
+    assert (bool(terminated[0]), bool(truncated[0])) == (False, False)
+    assert float(obs[0, env.feature_slices["progress"]][0]) == 0.25
+    assert obs[0, env.feature_slices["last_action"]].tolist() == pytest.approx(action.tolist(), abs=1e-6)
+
+
 def test_a_harder_negative_scores_higher_and_is_never_an_item_the_user_took():
     data = TrainingData.synthetic(n_users=16, n_items=32)
     key = mix(torch.arange(8))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gymnasium
+
+from metarec_gym.envs.scenarios import SCENARIOS
 
 SELECT_ID = "MetaRec/Select-v0"
 BLEND_ID = "MetaRec/Blend-v0"
@@ -16,19 +20,23 @@ OTHER_IDS = {
 """Single and vector environment of the ids that do not run on a world's simulated users."""
 
 
+WORLD_ENTRIES = ("metarec_gym.envs.single_env:MetaRecEnv", "metarec_gym.envs.vector_env:MetaRecVectorEnv")
+"""Single and vector environment of the ids that run on a world."""
+
+
 def register_envs() -> None:
     """Registers every id once; a second call changes nothing."""
     for env_id, action in ACTION_OF.items():
-        if env_id in gymnasium.registry:
-            continue
-        # no max_episode_steps: truncation lives in the dynamics, so that single and vector environments agree
-        gymnasium.register(
-            id=env_id,
-            entry_point="metarec_gym.envs.single_env:MetaRecEnv",
-            vector_entry_point="metarec_gym.envs.vector_env:MetaRecVectorEnv",
-            nondeterministic=False,
-            kwargs={"action": action},
-        )
-    for env_id, (single, vector) in OTHER_IDS.items():
-        if env_id not in gymnasium.registry:
-            gymnasium.register(id=env_id, entry_point=single, vector_entry_point=vector, nondeterministic=False)
+        _register(env_id, WORLD_ENTRIES, {"action": action})
+    for env_id, entries in OTHER_IDS.items():
+        _register(env_id, entries, {})
+    for env_id, scenario in SCENARIOS.items():
+        _register(env_id, OTHER_IDS.get(scenario.base_id, WORLD_ENTRIES), scenario.kwargs)
+
+
+def _register(env_id: str, entries: tuple[str, str], kwargs: dict[str, Any]) -> None:
+    if env_id in gymnasium.registry:
+        return
+    single, vector = entries
+    # no max_episode_steps: truncation lives in the dynamics, so that single and vector environments agree
+    gymnasium.register(id=env_id, entry_point=single, vector_entry_point=vector, nondeterministic=False, kwargs=kwargs)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarec_gym.places import log_folder
 from metarec_gym.seeding import torch_generator
 
 if TYPE_CHECKING:
@@ -288,10 +289,10 @@ def resolve_table(
     campaign: str | None,
     reweigh: Reweigh,
 ) -> ReplayTable:
-    """The table of `log`: a folder of a prepared log, what one loads from it, or None for the synthetic default.
+    """The table of `log`: a folder of a prepared log, its name, what one loads from it, or None for the synthetic default.
 
     Raises:
-        FileNotFoundError: When there is no prepared log in the folder.
+        FileNotFoundError: When there is no prepared log in the folder or of that name.
         ValueError: When the log has no propensities.
         TypeError: When `log` is something else.
     """
@@ -300,7 +301,7 @@ def resolve_table(
     if isinstance(log, ReplayTable):
         return log
     if isinstance(log, str | Path):
-        return _from_folder(str(Path(log).resolve()), action, campaign, reweigh)
+        return _from_folder(str(log_folder(log).resolve()), action, campaign, reweigh)
     return _from_object(log, action, campaign, reweigh)
 
 

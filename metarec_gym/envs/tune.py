@@ -196,8 +196,8 @@ class TuneVectorEnv(BatchedEnv):
 
         Args:
             num_envs: Rows.
-            log: Folder of a prepared log or a world (keeps specs JSON-able), what one loads from it, or None for the synthetic
-                default.
+            log: Folder of a prepared log or a world, or a log's name (both keep specs JSON-able), what one loads from it, or
+                None for the synthetic default.
             device: "cpu", "cuda", "cuda:1" ...
             output: Arrays or tensors out; both are accepted in.
             autoreset_mode: One of Gymnasium's three.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from metarec_gym.envs.batched import State, row_exact, tree_sum
+from metarec_gym.places import log_folder
 from metarec_gym.seeding import fold_in, mix, normal, stream, uniform
 
 if TYPE_CHECKING:
@@ -191,10 +192,10 @@ def _grouped(user: Tensor, item: Tensor) -> list[list[int]]:
 def resolve_training_data(
     log: str | Path | TrainingData | InteractionLog | Dataset | World | None, *, n_users: int, n_items: int, seed: int
 ) -> TrainingData:
-    """The subsample of `log`: a folder (prepared log or world), what one loads from it, or None for the synthetic default.
+    """The subsample of `log`: a folder (prepared log or world), a log's name, what one loads, or None for the synthetic default.
 
     Raises:
-        FileNotFoundError: When a folder holds neither a log nor a world.
+        FileNotFoundError: When a folder holds neither a log nor a world, or there is no log of that name.
         ValueError: When the log is too small.
         TypeError: When `log` is something else.
     """
@@ -203,7 +204,7 @@ def resolve_training_data(
     if isinstance(log, TrainingData):
         return log
     if isinstance(log, str | Path):
-        return _from_folder(str(Path(log).resolve()), n_users, n_items, seed)
+        return _from_folder(str(log_folder(log).resolve()), n_users, n_items, seed)
     return _from_object(log, n_users, n_items, seed)
 
 

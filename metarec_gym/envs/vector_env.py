@@ -130,7 +130,7 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
 
         Args:
             num_envs: Rows.
-            world: A World, its folder (keeps specs JSON-able), or None for the synthetic default.
+            world: A World, its folder or its name (both keep specs JSON-able), or None for the synthetic default.
             device: "cpu", "cuda", "cuda:1" ...
             output: Arrays or tensors out; both are accepted in.
             autoreset_mode: One of Gymnasium's three.
