@@ -26,7 +26,18 @@ from metarec_gym.recommenders.registry import rebuild
 from metarec_gym.recommenders.sequential import SasRec
 
 DAY_S = 86_400.0
-KINDS = {"non_personal", "neighbours", "factorization", "sequential", "content", "hybrid", "precomputed", "own"}
+KINDS = {
+    "non_personal",
+    "neighbours",
+    "factorization",
+    "sequential",
+    "content",
+    "hybrid",
+    "precomputed",
+    "library",
+    "language_model",
+    "own",
+}
 
 
 def dataset_of(
