@@ -200,7 +200,7 @@ class Builder:
         done = self._stages / "pool" if self._stages else None
         if done is not None and done.is_dir():
             self._say("strategies: found")
-            return Pool.load(done)
+            return Pool.load(done, given=self._strategies)
         self._say(f"fitting {len(self._strategies)} strategies on {len(users)} users of fold S")
         pool = Pool.fit(dataset, users, seed=self.seed, names=self._strategies, progress=self.progress)
         if done is not None:

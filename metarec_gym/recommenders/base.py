@@ -13,7 +13,7 @@ import inspect
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
@@ -248,6 +248,11 @@ class Strategy(torch.nn.Module, ABC):
         """Class, name and settings: what `metarec_gym.recommenders.registry.rebuild` needs besides the state dict."""
         settings: dict[str, JSON] = {"name": self.name, **self._settings()}
         return {"class": class_path(type(self)), "kind": self.kind, "settings": settings}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """An empty strategy with the settings of `describe`; a class with settings that a file must not decide checks them."""
+        return cls(**settings)
 
     def fingerprint(self) -> str:
         """Hash of all that decides a fit besides log, users and seed; 16 hexadecimal digits.

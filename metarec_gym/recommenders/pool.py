@@ -184,8 +184,14 @@ class Pool:
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Pool:
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu", *, given: Sequence[Strategy] = ()) -> Pool:
         """Reads a saved pool onto `device`.
+
+        Args:
+            folder: Where `save` wrote.
+            device: Where the strategies go.
+            given: Strategies of your own making that take the saved state of the same name, instead of being made from the
+                saved settings: for what a file does not hold, such as whom a language model is asked.
 
         Raises:
             FileNotFoundError: When the folder holds no pool.
@@ -203,9 +209,11 @@ class Pool:
                 "upgrade metarec_gym"
             )
         tensors = load_file(str(folder / "strategies.safetensors"), device=str(device))
+        ready = {strategy.name: strategy for strategy in given}
         strategies = []
         for entry in description["strategies"]:
-            strategy = rebuild(entry).to(device)
+            name = entry["settings"]["name"]
+            strategy = (ready[name] if name in ready else rebuild(entry)).to(device)
             prefix = f"{strategy.name}/"
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             strategy.load_state_dict(state)

@@ -52,7 +52,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
 
 TRUST_VARIABLE = "METAREC_STRATEGIES"
 
-_CLASSES: dict[str, Callable[..., Strategy]] = {
+_CLASSES: dict[str, type[Strategy]] = {
     kind.__name__: kind
     for kind in (
         Popular,
@@ -141,9 +141,9 @@ def rebuild(description: Mapping[str, Any]) -> Strategy:
     path = str(description["class"])
     settings = description["settings"]
     if path in _CLASSES:
-        return _CLASSES[path](**settings)
+        return _CLASSES[path].from_settings(settings)
     if path in _ON_DEMAND:
-        built: Strategy = getattr(importlib.import_module(_ON_DEMAND[path]), path)(**settings)
+        built: Strategy = getattr(importlib.import_module(_ON_DEMAND[path]), path).from_settings(settings)
         return built
     if ":" not in path:
         raise ValueError(
@@ -159,7 +159,7 @@ def rebuild(description: Mapping[str, Any]) -> Strategy:
             f"strategy {settings.get('name')!r} is of the class {path}, which nobody registered in this process; if you trust "
             f"it, {where}"
         )
-    return _TRUSTED[path](**settings)
+    return _TRUSTED[path].from_settings(settings)
 
 
 def _imported(path: str) -> Any:
