@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from metarec_gym.recommenders import Pool, Precomputed, make_strategy, register_
 from metarec_gym.recommenders import registry as registry_module
 from metarec_gym.recommenders.content import Content
 from metarec_gym.recommenders.hybrid import ReciprocalRankFusion, Reranker
+from metarec_gym.recommenders.non_personal import Popular
 from metarec_gym.recommenders.registry import TRUST_VARIABLE, rebuild
 from metarec_gym.world import World
 
@@ -224,7 +226,7 @@ def test_bases_that_are_missing_or_wait_for_each_other_are_refused_with_a_senten
     with pytest.raises(ValueError, match="distinct names of other strategies"):
         Keep("a", "a")
     with pytest.raises(ValueError, match="distinct names without '/'"):
-        Pool.fit(dataset, users, seed=0, names=[Content("a/b")])
+        Pool.fit(dataset, users, seed=0, names=[Popular("a/b")])
 
 
 def test_class_and_file_go_from_the_command_line_to_world_environment_and_headroom(
@@ -276,3 +278,16 @@ def test_a_world_with_a_foreign_class_plays_without_it_until_lists_are_ranked_ag
     assert own_module not in sys.modules
     with pytest.raises(ValueError, match="which nobody registered in this process"):
         MetaRecVectorEnv(2, world=tmp_path / "w", session_requests=1)
+
+
+@pytest.mark.slow
+def test_strategies_are_scored_where_neither_pandas_nor_scipy_nor_a_library_is_installed(tmp_path: Path) -> None:
+    """A bare machine: sessions are ranked again there, too."""
+    code = """
+import sys
+for name in ("pandas", "pyarrow", "scipy", "sklearn", "implicit", "cornac", "openai"):
+    sys.modules[name] = None
+from metarec_gym.recommenders import Pool
+import metarec_gym.recommenders.language_model, metarec_gym.recommenders.libraries
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)

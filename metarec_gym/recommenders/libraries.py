@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from metarec_gym.recommenders.base import JSON, FitRows, Strategy
@@ -100,6 +99,8 @@ class LibraryModel(Strategy):
         return {"form": self.form.describe()}
 
     def _inputs(self) -> Iterator[bytes]:
+        from scipy.sparse import csr_matrix
+
         # the library's own settings, and what a fitted model has learned
         for key, value in sorted(vars(self._model).items()) if self._model is not None else ():
             if value is None or isinstance(value, bool | int | float | str):

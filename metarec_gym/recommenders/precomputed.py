@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from metarec_gym.data.storage import content_hash, file_sha256
 from metarec_gym.recommenders.base import JSON, FitRows
 from metarec_gym.recommenders.neighbours import NeighbourStrategy, neighbour_table
 
@@ -96,6 +95,8 @@ class Precomputed(NeighbourStrategy):
 
     def _inputs(self) -> Iterator[bytes]:
         import pandas as pd
+
+        from metarec_gym.data.storage import content_hash, file_sha256
 
         for source in (self._neighbours, self._ranking):
             if isinstance(source, pd.DataFrame):
