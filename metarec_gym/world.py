@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from metarec_gym.recommenders.base import Strategy
     from metarec_gym.response.model import ResponseConfig
 
-WORLD_SCHEMA = 2
+WORLD_SCHEMA = 3
 FOLDS = ("A", "B")
 LIST_FEATURES = ("popularity", "agreement", "similarity")
 """What an observation says of a strategy's list, each over its first `LIST_HEAD` items."""
@@ -46,6 +46,7 @@ _TENSORS = {
     "start_fold": "(n_starts,) 0 = fold A, 1 = fold B",
     "start_length": "(n_starts,) items in the history",
     "start_lists": "(n_starts, n_strategies, list_length) ranked items without the history, -1 = none left",
+    "start_list_scores": "float16, shape of start_lists: standard score of each listed item for its strategy (see Pool.ranked)",
     "start_state": "(n_starts, state_dim) the fold's main judge (and its variants) after the history",
     "start_state_second": "(n_starts, state_dim of the second family) the second family's judge; no columns without one",
     "start_taste": "(n_starts, n_taste) sum of item_taste over the history",
@@ -67,6 +68,10 @@ class Ranker(Protocol):
 
     def top_lists(self, histories: Tensor, length: int, *, exclude: Tensor | None = None) -> Tensor:
         """int64 (batch, H), newest last, -1 on the left -> int64 (batch, K, length), -1 where the catalogue ran out."""
+        ...
+
+    def ranked(self, histories: Tensor, length: int, *, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `top_lists`, and the standard score of each listed item for its strategy; float16 (batch, K, length)."""
         ...
 
 
@@ -195,13 +200,23 @@ class World:
         Raises:
             WorldError: When the world was built without its strategies at hand.
         """
+        return self._ranker(histories.device).top_lists(histories, length, exclude=self._barred(exclude, user))
+
+    def ranked(
+        self, histories: Tensor, length: int, *, exclude: Tensor | None = None, user: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `top_lists`, and the standard score of each listed item for its strategy; float16 (rows, K, length)."""
+        return self._ranker(histories.device).ranked(histories, length, exclude=self._barred(exclude, user))
+
+    def _barred(self, exclude: Tensor | None, user: Tensor | None) -> Tensor | None:
+        """Items that may not be listed: those of `exclude`, and in a world of logged answers the unobserved ones."""
         judge = self.responses["A"]
-        if isinstance(judge, LoggedResponse):
-            if user is None:
-                raise WorldError("a world of logged answers ranks observed items only: hand over `user`")
-            unobserved = ~judge.observed[user.to(judge.device)].to(histories.device)
-            exclude = unobserved if exclude is None else exclude | unobserved
-        return self._ranker(histories.device).top_lists(histories, length, exclude=exclude)
+        if not isinstance(judge, LoggedResponse):
+            return exclude
+        if user is None:
+            raise WorldError("a world of logged answers ranks observed items only: hand over `user`")
+        unobserved = ~judge.observed[user.to(judge.device)].to(user.device)
+        return unobserved if exclude is None else exclude | unobserved
 
     def _ranker(self, device: torch.device) -> Ranker:
         if self.ranker is None:
@@ -321,7 +336,7 @@ class World:
         if header.get("schema", 0) < WORLD_SCHEMA:
             raise WorldError(
                 f"{folder} has world schema {header.get('schema')}, this metarec_gym reads {WORLD_SCHEMA} (judges with members, "
-                f"sessions and dates); {rebuild}"
+                f"sessions, dates, scores of listed items); {rebuild}"
             )
         try:
             flat = load_file(str(folder / "world.safetensors"))

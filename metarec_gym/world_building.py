@@ -293,7 +293,8 @@ class Builder:
             seen = histories.clamp(min=0)
             valid = (histories >= 0).to(torch.float32)
             exclude = None if observed is None else ~observed[starts_user[rows]]
-            lists = pool.top_lists(histories, length, exclude=exclude).to(torch.int32)
+            found, scores = pool.ranked(histories, length, exclude=exclude)
+            lists = found.to(torch.int32)
             states = torch.zeros(len(lists), responses["A"].state_dim)
             other_states = torch.zeros(len(lists), 0 if second["A"] is None else second["A"].state_dim)
             for index, name in enumerate(FOLDS):
@@ -304,6 +305,7 @@ class Builder:
                         other_states[mine] = other.start(histories[mine])
             taste_sum = (taste[seen] * valid[..., None]).sum(dim=1)
             parts["start_lists"].append(lists)
+            parts["start_list_scores"].append(scores)
             parts["start_state"].append(states)
             parts["start_state_second"].append(other_states)
             parts["start_taste"].append(taste_sum)

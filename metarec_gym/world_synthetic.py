@@ -105,6 +105,7 @@ def synthetic_world(
             "start_fold": user_fold[start_user].to(torch.int8),
             "start_length": start_length,
             "start_lists": lists,
+            "start_list_scores": ramp_scores(lists),
             "start_state": torch.zeros(len(start_user), response.state_dim),
             "start_state_second": torch.zeros(len(start_user), 0),
             "start_taste": taste_sum,
@@ -160,6 +161,28 @@ class FixedOrders:
             target = torch.where(fresh & (place < length), place, length)
             lists[:, k].scatter_(1, target, orders[k].expand(rows, -1))
         return lists[..., :length]
+
+    def ranked(self, histories: Tensor, length: int, *, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Lists and standard scores; see `World.ranked`."""
+        lists = self.top_lists(histories, length, exclude=exclude)
+        return lists, ramp_scores(lists)
+
+
+def ramp_scores(lists: Tensor) -> Tensor:
+    """Standard scores of strategies that score by place: the places of each list, standardised over the list.
+
+    Args:
+        lists: int (rows, K, length), -1 where there is no item.
+
+    Returns:
+        float16 (rows, K, length), falling along each list, 0 where there is no item.
+    """
+    valid = lists >= 0
+    count = valid.sum(dim=2, keepdim=True).to(torch.float64)
+    place = torch.arange(lists.shape[2], device=lists.device, dtype=torch.float64)
+    # places 0 .. n - 1 have mean (n - 1) / 2 and variance (n^2 - 1) / 12
+    z = ((count - 1.0) / 2.0 - place) / ((count**2 - 1.0) / 12.0).clamp(min=1e-12).sqrt()
+    return torch.where(valid & (count > 1), z, 0.0).to(torch.float16)
 
 
 def _leaving(given: tuple[float, ...] | None) -> Tensor:

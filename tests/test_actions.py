@@ -65,20 +65,67 @@ def test_a_fusion_worked_out_by_hand():
     everyone = torch.ones(1, 2, dtype=torch.bool)
     action = torch.tensor([[0.0, 1.0]])
     # 1 / (60 + rank): item 0 0.5 / 61 + 1 / 63 = .02407, item 1 1.5 / 62 = .02419, item 2 0.5 / 63 + 1 / 61 = .02433
-    assert blend(lists, shown, everyone, action, 1, "rank").slate.tolist() == [[2]]
-    assert blend(lists, shown, everyone, -action, 1, "rank").slate.tolist() == [[0]]
+    assert blend(lists, None, shown, everyone, action, 1, "rank").slate.tolist() == [[2]]
+    assert blend(lists, None, shown, everyone, -action, 1, "rank").slate.tolist() == [[0]]
     # linear: rank 1 counts 1, rank 2 3/4, rank 3 1/2: item 0 1, item 1 1.125, item 2 1.25
-    assert blend(lists, shown, everyone, action, 1, "linear_rank").slate.tolist() == [[2]]
-    assert blend(lists, shown, everyone, action, 3, "linear_rank").slate.tolist() == [[2, 1, 0]]
+    assert blend(lists, None, shown, everyone, action, 1, "linear_rank").slate.tolist() == [[2]]
+    assert blend(lists, None, shown, everyone, action, 3, "linear_rank").slate.tolist() == [[2, 1, 0]]
     # equal weights: all tie in linear ranks; the lower index goes first
-    assert blend(lists, shown, everyone, torch.zeros(1, 2), 3, "linear_rank").slate.tolist() == [[0, 1, 2]]
+    assert blend(lists, None, shown, everyone, torch.zeros(1, 2), 3, "linear_rank").slate.tolist() == [[0, 1, 2]]
     # item 2 was shown: ranks are counted without it
     shown[0, 2] = 1
-    assert blend(lists, shown, everyone, action, 3, "rank").slate.tolist() == [[1, 0, -1]]
+    assert blend(lists, None, shown, everyone, action, 3, "rank").slate.tolist() == [[1, 0, -1]]
     # the second strategy is out of service: it has no say and is asked all the same
-    plan = blend(lists, shown, torch.tensor([[True, False]]), action, 3, "rank")
+    plan = blend(lists, None, shown, torch.tensor([[True, False]]), action, 3, "rank")
     assert plan.slate.tolist() == [[0, 1, -1]]
     assert plan.asked.tolist() == [[True, True]]
+
+
+def test_a_fusion_of_scores_worked_out_by_hand():
+    """List 0 1 2 is sure of item 0 (z 3, 0, 0), list 2 1 0 of nothing (1, 0.5, 0): weights 0.5 and 1."""
+    lists = torch.tensor([[[0, 1, 2], [2, 1, 0]]], dtype=torch.int32)
+    scores = torch.tensor([[[3.0, 0.0, 0.0], [1.0, 0.5, 0.0]]], dtype=torch.float16)
+    shown = torch.tensor([[0, 0, 0, 1]], dtype=torch.uint8)
+    everyone = torch.ones(1, 2, dtype=torch.bool)
+    action = torch.tensor([[0.0, 1.0]])
+    # item 0 0.5 * 3 + 0 = 1.5, item 1 0 + 0.5, item 2 0 + 1, and 0.0015 for each
+    assert blend(lists, scores, shown, everyone, action, 3, "zscore").slate.tolist() == [[0, 2, 1]]
+    assert blend(lists, scores, shown, everyone, action, 3, "rank").slate.tolist() == [[2, 1, 0]]
+    # item 0 was shown: of the first list 1 and 2 are left, both of z 0
+    shown[0, 0] = 1
+    assert blend(lists, scores, shown, everyone, action, 3, "zscore").slate.tolist() == [[2, 1, -1]]
+    # the second strategy is out of service: what is left ties, and is served all the same, the lower index first
+    plan = blend(lists, scores, shown, torch.tensor([[True, False]]), action, 3, "zscore")
+    assert plan.slate.tolist() == [[1, 2, -1]]
+
+
+def test_a_fusion_of_scores_never_serves_an_item_that_only_a_weightless_strategy_lists():
+    lists = torch.tensor([[[0, 4], [2, 3]]], dtype=torch.int32)
+    scores = torch.tensor([[[9.0, 8.0], [0.0, 0.0]]], dtype=torch.float16)
+    shown = torch.tensor([[0, 0, 0, 0, 1]], dtype=torch.uint8)
+    plan = blend(lists, scores, shown, torch.ones(1, 2, dtype=torch.bool), torch.tensor([[-1.0, 1.0]]), 2, "zscore")
+    assert plan.slate.tolist() == [[2, 3]]
+    assert plan.asked.tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("session_requests", [None, 2])
+def test_a_blend_by_scores_of_one_strategy_serves_its_list(tiny_world, session_requests):
+    """Weight on one strategy alone: any fusion then keeps its order, in one session and in several."""
+    slates = []
+    for fusion in ("rank", "zscore"):
+        env = MetaRecVectorEnv(
+            8,
+            world=tiny_world,
+            action="blend",
+            fusion=fusion,
+            session_requests=session_requests,
+            autoreset_mode="Disabled",
+        )
+        env.reset(seed=0)
+        action = np.full((8, 3), -1.0, dtype=np.float32)
+        action[:, 1] = 1.0
+        slates.append([env.step(action)[4]["slate"].tolist() for _ in range(4)])
+    assert slates[0] == slates[1]
 
 
 def test_weights_reach_from_nothing_to_one_and_all_zero_asks_everybody():

@@ -16,6 +16,7 @@ from metarec_gym.recommenders import pool as pool_module
 from metarec_gym.recommenders.factorization import Bpr
 from metarec_gym.recommenders.neighbours import Ease
 from metarec_gym.recommenders.non_personal import Popular
+from metarec_gym.recommenders.pool import standard_scores
 from metarec_gym.recommenders.sequential import SasRec
 
 
@@ -119,6 +120,27 @@ def test_lists_leave_out_excluded_items_and_close_the_gaps(pool: Pool, histories
     assert torch.equal(torch.cat(alone), lists[:5, :, :9])
     with pytest.raises(ValueError, match="one row a history and one column an item"):
         pool.top_lists(histories, 5, exclude=barred[:3])
+
+
+def test_standard_scores_fall_along_a_list_and_are_worked_out_by_hand(pool: Pool, histories: Tensor) -> None:
+    # scores 4 1 1 2, the first item is no candidate: mean 4/3, variance 2/9, so 2 is (2/3) / sqrt(2/9) = sqrt(2) above
+    scores = torch.tensor([[4.0, 1.0, 1.0, 2.0]])
+    z = standard_scores(scores, torch.tensor([[False, True, True, True]]), torch.tensor([[3, 1, 2, -1]]))
+    assert z.tolist()[0] == pytest.approx([2**0.5, -(0.5**0.5), -(0.5**0.5), 0.0], abs=2e-3)
+    assert standard_scores(torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool), torch.tensor([[0, 1]])).tolist() == [
+        [0, 0]
+    ]
+    lists, found = pool.ranked(histories, 20)
+    assert torch.equal(lists, pool.top_lists(histories, 20))
+    assert found.dtype == torch.float16
+    assert bool((found[..., :-1] >= found[..., 1:]).all())
+    # a mean over all candidates: the best items stand above it
+    assert bool((found[..., 0] >= 0).all())
+
+
+def test_standard_scores_do_not_depend_on_the_batch(pool: Pool, histories: Tensor) -> None:
+    whole = pool.ranked(histories, 10)[1]
+    assert torch.equal(torch.cat([pool.ranked(histories[row : row + 1], 10)[1] for row in range(40)]), whole)
 
 
 def test_lists_for_nobody_are_empty(pool: Pool) -> None:

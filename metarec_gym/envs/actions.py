@@ -11,6 +11,8 @@ FUSION_SLATES = 4
 """A blend looks at the next items of every list, this many slates deep."""
 RANK_CONSTANT = 60.0
 """Reciprocal rank fusion: 1 / (constant + rank); Cormack, Clarke and Buettcher, SIGIR 2009."""
+LISTED = 1e-3
+"""Standard deviations that the last item looked at is worth in a `zscore` fusion: more than an item that is not listed."""
 MIN_WEIGHT = 1e-6
 """A blend's weights up to this one count as 0: the strategy is not asked and costs nothing."""
 
@@ -40,6 +42,21 @@ def next_unshown(lists: Tensor, shown: Tensor, count: int) -> Tensor:
     Returns:
         int64 (rows, n_lists, count), filled up with -1.
     """
+    return next_scored(lists, None, shown, count)[0]
+
+
+def next_scored(lists: Tensor, scores: Tensor | None, shown: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+    """`next_unshown`, and the scores that belong to those items.
+
+    Args:
+        lists: int32 (rows, n_lists, length), n_items = no item.
+        scores: float16 (rows, n_lists, length), or None.
+        shown: uint8 (rows, n_items + 1).
+        count: Items wanted.
+
+    Returns:
+        int64 (rows, n_lists, count), filled up with -1; float32 (rows, n_lists, count), filled up with 0, or None.
+    """
     rows, n_lists, length = lists.shape
     items = lists.to(torch.int64)
     fresh = (shown.gather(1, items.view(rows, n_lists * length)) == 0).view(rows, n_lists, length)
@@ -47,7 +64,11 @@ def next_unshown(lists: Tensor, shown: Tensor, count: int) -> Tensor:
     # items that are shown or come later than wanted all land in one extra column, which is cut off
     target = torch.where(fresh & (place < count), place.to(torch.int64), count)
     heads = torch.full((rows, n_lists, count + 1), -1, dtype=torch.int64, device=lists.device)
-    return heads.scatter_(2, target, items)[..., :count]
+    heads = heads.scatter_(2, target, items)[..., :count]
+    if scores is None:
+        return heads, None
+    found = torch.zeros(rows, n_lists, count + 1, device=lists.device)
+    return heads, found.scatter_(2, target, scores.to(torch.float32))[..., :count]
 
 
 def first_unshown(lists: Tensor, shown: Tensor, slate_size: int) -> Tensor:
@@ -85,37 +106,52 @@ def blend_weights(action: Tensor) -> Tensor:
     return torch.where((weight > 0).any(dim=1, keepdim=True), weight, 1.0)
 
 
-def blend(lists: Tensor, shown: Tensor, available: Tensor, action: Tensor, slate_size: int, fusion: str) -> Plan:
+def blend(
+    lists: Tensor,
+    scores: Tensor | None,
+    shown: Tensor,
+    available: Tensor,
+    action: Tensor,
+    slate_size: int,
+    fusion: str,
+) -> Plan:
     """The best items of a weighted fusion of all lists; ties go to the lower item index.
 
-        score(item) = sum over strategies k in service of weight_k * f(rank of the item among k's next unshown items)
+        score(item) = sum over strategies k in service of weight_k * f_k(item)
 
-    with f = 1 / (60 + rank) or 1 - (rank - 1) / depth, and 0 for items beyond the depth of `FUSION_SLATES` slates.
+    over the items among k's next unshown ones, as deep as `FUSION_SLATES` slates; f_k is 0 for all others. By rank, f_k is
+    1 / (60 + rank) or 1 - (rank - 1) / depth; by score, it is the item's standard score less that of the last of those items
+    (CombSUM with z-scores, Fox and Shaw, TREC-2 1994, with the smallest score that was seen for an item that is not listed).
 
     Args:
         lists: int32 (rows, K, length), the lists of all strategies.
+        scores: float16 (rows, K, length), the standard scores of the listed items; read by "zscore" alone.
         shown: uint8 (rows, n_items + 1).
         available: bool (rows, K).
         action: float32 (rows, K) in [-1, 1].
         slate_size: Items wanted.
-        fusion: "rank" or "linear_rank".
+        fusion: "rank", "linear_rank" or "zscore".
     """
     weight = blend_weights(action)
     depth = FUSION_SLATES * slate_size
-    heads = next_unshown(lists, shown, depth)
+    heads, z = next_scored(lists, scores, shown, depth)
     rows, strategies, _ = heads.shape
     no_item = shown.shape[1] - 1
     items = torch.where(heads < 0, no_item, heads)
     rank = torch.arange(1, depth + 1, device=lists.device, dtype=torch.float32)
     # linear ranks times the depth: whole numbers, so that equal scores tie exactly
     worth = 1.0 / (RANK_CONSTANT + rank) if fusion == "rank" else depth + 1.0 - rank
+    worth = worth.expand(rows, strategies, -1)
+    if z is not None and fusion == "zscore":
+        lowest = z.masked_fill(heads < 0, torch.inf).amin(dim=2, keepdim=True)
+        worth = torch.where(heads < 0, 0.0, z - lowest + LISTED)
     serving = weight * available
     total = torch.zeros(rows, no_item + 1, device=lists.device)
     first = torch.zeros(rows, no_item + 1, dtype=torch.int64, device=lists.device)
     place = torch.arange(depth, device=lists.device)
     # one strategy after the other: a list names an item once, so sums have one order on every device
     for k in range(strategies):
-        total.scatter_add_(1, items[:, k], serving[:, k, None] * worth)
+        total.scatter_add_(1, items[:, k], serving[:, k, None] * worth[:, k])
     for k in reversed(range(strategies)):
         first.scatter_(1, items[:, k], (k * depth + place).expand(rows, -1))
     flat = items.flatten(1)

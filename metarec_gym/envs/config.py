@@ -10,7 +10,7 @@ from typing import Any, Self
 from metarec_gym.world import FOLDS, World
 
 ACTIONS = ("select", "blend", "slots")
-FUSIONS = ("rank", "linear_rank")
+FUSIONS = ("rank", "linear_rank", "zscore")
 EVENTS = ("added", "removed", "stale", "retrained")
 
 
@@ -64,7 +64,8 @@ class EnvConfig:
     outage_length: float = 5.0
     """Mean requests until a failed strategy serves again."""
     fusion: str = "rank"
-    """How a blend scores an item in a list: `rank` 1 / (60 + rank), `linear_rank` 1 - (rank - 1) / depth."""
+    """How a blend scores an item in a list: `rank` 1 / (60 + rank), `linear_rank` 1 - (rank - 1) / depth, `zscore` the strategy's
+    own score in standard deviations, less that of the last item looked at."""
 
     def __post_init__(self) -> None:
         # JSON knows lists only

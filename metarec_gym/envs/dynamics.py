@@ -76,6 +76,13 @@ def lists_of(tables: EnvTables, state: UserState, strategies: Tensor | None, dep
     return lists if strategies is None else lists.gather(1, strategies[..., None].expand(-1, -1, depth))
 
 
+def scores_of(tables: EnvTables, state: UserState, depth: int) -> Tensor | None:
+    """Standard scores of the beginnings of all lists; float16 (rows, K, depth), None where no fusion reads them."""
+    if tables.list_scores is None:
+        return None
+    return (tables.list_scores[state.start] if tables.session_requests is None else state.list_scores)[..., :depth]
+
+
 def plan(tables: EnvTables, config: EnvConfig, state: UserState, action: Tensor, slate_size: int, deepest: int) -> Plan:
     """What an action serves now.
 
@@ -90,7 +97,8 @@ def plan(tables: EnvTables, config: EnvConfig, state: UserState, action: Tensor,
     depth = depth_of(tables, deepest, slate_size, config.action)
     if config.action == "blend":
         lists = lists_of(tables, state, None, depth)
-        return actions.blend(lists, state.shown, state.available, action, slate_size, config.fusion)
+        scores = scores_of(tables, state, depth)
+        return actions.blend(lists, scores, state.shown, state.available, action, slate_size, config.fusion)
     if config.action == "slots":
         return actions.slots(lists_of(tables, state, action, depth), state.shown, state.available, action)
     lists = lists_of(tables, state, action[:, None], depth)[:, 0]

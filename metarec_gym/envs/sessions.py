@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from metarec_gym.envs.actions import next_unshown
+from metarec_gym.envs.actions import next_scored
 from metarec_gym.envs.user_state import EnvTables, UserState, period_of
 from metarec_gym.response.frozen import AnyJudge
 from metarec_gym.seeding import fold_in, uniform
@@ -124,7 +124,7 @@ def start_sessions(world: World, tables: EnvTables, state: UserState, rows: Tens
     Args:
         world: Ranks the lists.
         tables: The fold's tables.
-        state: All rows; `lists` is written in place.
+        state: All rows; `lists` and `list_scores` are written in place.
         rows: int64 (n,), the rows whose user is back.
         hours: float32 (n,), how long the user was away.
 
@@ -133,21 +133,25 @@ def start_sessions(world: World, tables: EnvTables, state: UserState, rows: Tens
     """
     start, shown = state.start[rows], state.shown[rows]
     no_item = shown.shape[1] - 1
-    lists = torch.full_like(state.lists[rows], no_item)
+    lists, scores = torch.full_like(state.lists[rows], no_item), torch.zeros_like(state.list_scores[rows])
+    by_score = tables.list_scores is not None
     history = world.history_of(tables.start_index[start].cpu()).to(start.device)
     for group, histories in live_histories(history, state.taken[rows]):
-        found = world.top_lists(
-            histories,
-            tables.session_list,
-            exclude=shown[group, :-1] > 0,
-            user=tables.user[start[group]],
-        )
+        barred, user = shown[group, :-1] > 0, tables.user[start[group]]
+        if by_score:
+            found, scores[group] = world.ranked(histories, tables.session_list, exclude=barred, user=user)
+        else:
+            found = world.top_lists(histories, tables.session_list, exclude=barred, user=user)
         lists[group] = torch.where(found < 0, no_item, found).to(lists.dtype)
     stale = tables.stale[state.request[rows]]
     if bool(stale.any()):
-        old = next_unshown(tables.lists[start], shown, tables.session_list)
+        first = None if tables.list_scores is None else tables.list_scores[start]
+        old, old_scores = next_scored(tables.lists[start], first, shown, tables.session_list)
         lists = torch.where(stale[..., None], torch.where(old < 0, no_item, old).to(lists.dtype), lists)
+        if old_scores is not None:
+            scores = torch.where(stale[..., None], old_scores.to(scores.dtype), scores)
     state.lists[rows] = lists
+    state.list_scores[rows] = scores
     taste = state.profile[rows, : tables.n_taste]
     heads = torch.where(lists == no_item, -1, lists)
     stats = list_stats(heads, tables.item_profile[:, -1], tables.item_profile[:, : tables.n_taste], taste)

@@ -31,6 +31,8 @@ class EnvTables:
     length: Tensor
     lists: Tensor
     """int32 (n, K, length): n_items = no item."""
+    list_scores: Tensor | None
+    """float16 (n, K, length): standard scores of the listed items; None where no fusion reads them."""
     state: Tensor
     profile: Tensor
     static_obs: Tensor
@@ -130,7 +132,9 @@ def make_tables(world: World, config: EnvConfig, horizon: int, slate_size: int, 
         # a blend looks some slates ahead
         ahead = FUSION_SLATES - 1 if config.action == "blend" else 0
         session_list = (config.session_requests + ahead) * slate_size
+    by_score = config.action == "blend" and config.fusion == "zscore"
     return EnvTables(
+        list_scores=t["start_list_scores"][index].to(device) if by_score else None,
         n_taste=t["item_taste"].shape[1],
         n_members=judge.n_members,
         member=config.member,
@@ -204,6 +208,8 @@ class UserState:
     """float32: hours between this session and the one before it; 0 if it is the first."""
     lists: Tensor
     """int32 (rows, K, session_list): lists ranked at the start of this session; (rows, K, 0) in episodes of one session."""
+    list_scores: Tensor
+    """float16, shape of `lists`: their standard scores; (rows, 1, 0) where no fusion reads them."""
     static_obs: Tensor
     """float32 (rows, 1 + 3 K): as the table, for this session; (rows, 0) in episodes of one session."""
     taken: Tensor
@@ -239,10 +245,13 @@ def fresh_rows(tables: EnvTables, start: Tensor, draw_key: Tensor, shown: Tensor
     if tables.outage_rate > 0:
         down = outage(draw_key, request, down, tables.outage_rate, tables.outage_length, first=True)
     in_sessions = tables.session_requests is not None
-    lists = tables.lists[start][..., : tables.session_list] if in_sessions else tables.lists.new_zeros(rows, 1, 0)
-    if in_sessions and lists.shape[2] < tables.session_list:
-        missing = tables.session_list - lists.shape[2]
+    lists, scores = tables.lists.new_zeros(rows, 1, 0), torch.zeros(rows, 1, 0, dtype=torch.float16, device=device)
+    if in_sessions:
+        missing = max(0, tables.session_list - tables.lists.shape[2])
+        lists = tables.lists[start][..., : tables.session_list]
         lists = torch.nn.functional.pad(lists, (0, missing), value=shown.shape[1] - 1)
+        if tables.list_scores is not None:
+            scores = torch.nn.functional.pad(tables.list_scores[start][..., : tables.session_list], (0, missing))
     return UserState(
         start=start,
         draw_key=draw_key,
@@ -268,6 +277,7 @@ def fresh_rows(tables: EnvTables, start: Tensor, draw_key: Tensor, shown: Tensor
         session_engaged=zeros.clone(),
         gap=tables.previous_gap[start],
         lists=lists,
+        list_scores=scores,
         static_obs=tables.static_obs[start] if in_sessions else zeros.new_zeros(rows, 0),
         taken=torch.full((rows, most_taken + 1 if in_sessions else 0), -1, dtype=torch.int32, device=device),
         taken_count=none.clone(),

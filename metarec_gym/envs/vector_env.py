@@ -50,11 +50,12 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
     | id | space | meaning |
     |---|---|---|
     | `MetaRec/Select-v0` | `Discrete(K)` | k: `world.strategies[k]` serves the slate |
-    | `MetaRec/Blend-v0` | `Box(-1, 1, (K,))` | weights (a + 1) / 2 of a rank fusion of all lists |
+    | `MetaRec/Blend-v0` | `Box(-1, 1, (K,))` | weights (a + 1) / 2 of a fusion of all lists, by rank or score |
     | `MetaRec/Slots-v0` | `MultiDiscrete([K] * slate_size)` | the strategy of each place of the slate |
 
-    In Blend values outside the box are cut off, and weights that are all 0 ask every strategy alike; `EnvConfig.fusion` says how
-    ranks score. Slots is a team draft: a place takes its strategy's first unshown item that no place before it took.
+    In Blend values outside the box are cut off, and weights that are all 0 ask every strategy alike; `EnvConfig.fusion` says what
+    an item's place or score in a list is worth. Slots is a team draft: a place takes its strategy's first unshown item that no
+    place before it took.
     Strategies out of service (see `info["action_mask"]`, int8 (num_envs, K)) serve nothing: an empty slate in Select, an empty
     place in Slots, no say in Blend. `action_masks()` gives the mask as sb3-contrib wants it: (num_envs, K), in Slots
     (num_envs, slate_size * K). Where outages leave no strategy, the first scheduled one of the pool is held in service.

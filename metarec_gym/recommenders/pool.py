@@ -112,9 +112,12 @@ class Pool:
         """Cost of one request of each strategy, in the order of the pool."""
         return {strategy.name: strategy.cost() for strategy in self.strategies}
 
-    @torch.no_grad()
     def top_lists(self, histories: Tensor, length: int, *, exclude: Tensor | None = None) -> Tensor:
-        """What every strategy would show to every user, without what the user has consumed.
+        """What every strategy would show to every user; the lists of `ranked`."""
+        return self._lists(histories, length, exclude, None)
+
+    def ranked(self, histories: Tensor, length: int, *, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What every strategy would show to every user, without what the user has consumed, and how sure it is of it.
 
         Args:
             histories: int64 (batch, H), newest last, -1 on the left; on any device.
@@ -122,9 +125,17 @@ class Pool:
             exclude: bool (batch, n_items), further items that no list may hold; None = none.
 
         Returns:
-            int64 (batch, K, length) on the device of `histories`: best first, ties to the lower item index, -1 where
-            the catalogue ran out.
+            Lists, int64 (batch, K, length) on the device of `histories`: best first, ties to the lower item index, -1
+            where the catalogue ran out; and their standard scores, float16 (batch, K, length): a strategy's score of the
+            item, less the mean and over the standard deviation of its scores of all items that could be listed for the
+            user (0 where they are all equal, and where there is no item).
         """
+        scores = torch.zeros(len(histories), len(self), max(length, 0), dtype=torch.float16, device=histories.device)
+        return self._lists(histories, length, exclude, scores), scores
+
+    @torch.no_grad()
+    def _lists(self, histories: Tensor, length: int, exclude: Tensor | None, scores: Tensor | None) -> Tensor:
+        """The lists of `ranked`; standard scores are written into `scores` (float16 (batch, K, length)) if it is given."""
         if length < 1:
             raise ValueError(f"length is 1 or more, came {length}")
         if exclude is not None and (exclude.shape != (len(histories), self.n_items) or exclude.dtype != torch.bool):
@@ -144,21 +155,26 @@ class Pool:
             mask = None if exclude is None else exclude[begin : begin + rows].to(self.device)
             if mask is not None:
                 mask = torch.nn.functional.pad(mask, (0, 0, 0, -n_rows % _ROWS_PER_MATMUL))
-            lists[begin : begin + n_rows] = self._rank(chunk, length, mask)[:n_rows].to(histories.device)
+            into = None if scores is None else scores[begin : begin + n_rows]
+            lists[begin : begin + n_rows] = self._rank(chunk, length, mask, into)[:n_rows].to(histories.device)
         return lists
 
-    def _rank(self, histories: Tensor, length: int, exclude: Tensor | None) -> Tensor:
-        rerankers = [strategy for strategy in self.strategies if isinstance(strategy, Reranker)]
+    def _rank(self, histories: Tensor, length: int, exclude: Tensor | None, scores: Tensor | None) -> Tensor:
         depth = dict.fromkeys(self.names, length)
-        for reranker in rerankers:
-            depth |= {base: max(depth[base], reranker.depth) for base in reranker.bases}
+        for strategy in self.strategies:
+            if isinstance(strategy, Reranker):
+                depth |= {base: max(depth[base], strategy.depth) for base in strategy.bases}
         ranked: dict[str, Tensor] = {}
+        candidate = None if scores is None else _candidates(histories, self.n_items, exclude)
         for strategy in self._order:
             if isinstance(strategy, Reranker):
                 score = strategy.rerank(histories, [ranked[base][:, : strategy.depth] for base in strategy.bases])
             else:
                 score = strategy.score(histories)
             ranked[strategy.name] = _best_allowed(score, histories, depth[strategy.name], exclude)
+            if scores is not None and candidate is not None:
+                standard = standard_scores(score, candidate, ranked[strategy.name][:, :length])
+                scores[:, self.names.index(strategy.name)] = standard[: len(scores)].to(scores.device)
         return torch.stack([ranked[name][:, :length] for name in self.names], dim=1)
 
     def save(self, folder: str | Path) -> Path:
@@ -229,3 +245,32 @@ def _best_allowed(scores: Tensor, histories: Tensor, length: int, exclude: Tenso
     lists = best_items(scores.masked_fill(exclude, -torch.inf), histories, length)
     barred = (lists >= 0) & exclude.gather(1, lists.clamp(min=0))
     return torch.where(barred, -1, lists)
+
+
+def _candidates(histories: Tensor, n_items: int, exclude: Tensor | None) -> Tensor:
+    """Items that a list may hold: not in the history, not excluded; bool (batch, n_items)."""
+    allowed = torch.ones(histories.shape[0], n_items + 1, dtype=torch.bool, device=histories.device)
+    allowed.scatter_(1, torch.where(histories < 0, n_items, histories), False)
+    return allowed[:, :n_items] if exclude is None else allowed[:, :n_items] & ~exclude
+
+
+def standard_scores(scores: Tensor, candidate: Tensor, lists: Tensor) -> Tensor:
+    """Scores of the listed items in standard deviations from the mean over the candidates.
+
+    Args:
+        scores: float32 (batch, n_items), finite.
+        candidate: bool (batch, n_items), the items that mean and deviation are taken over.
+        lists: int64 (batch, length), -1 where there is no item.
+
+    Returns:
+        float16 (batch, length); 0 where all candidates score alike, and where there is no item.
+    """
+    # float64 and then few bits: the order of a sum is not seen in the result
+    value = scores.to(torch.float64)
+    count = candidate.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = torch.where(candidate, value, 0.0).sum(dim=1, keepdim=True) / count
+    variance = torch.where(candidate, (value - mean) ** 2, 0.0).sum(dim=1, keepdim=True) / count
+    found = value.gather(1, lists.clamp(min=0)) - mean
+    equal = variance <= 1e-12 * (1.0 + mean**2)
+    z = torch.where(equal | (lists < 0), 0.0, found / variance.clamp(min=1e-300).sqrt())
+    return z.clamp(-1e4, 1e4).to(torch.float16)
