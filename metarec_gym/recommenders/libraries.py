@@ -56,6 +56,7 @@ class LibraryModel(Strategy):
         self._model = model
         self.form = form
         self._outside = model is not None and self._is_fitted(model)
+        self._item_ids: list[str] = []
 
     def _fit(self, rows: FitRows, dataset: Dataset, seed: int) -> None:
         if self._model is None:
@@ -67,7 +68,8 @@ class LibraryModel(Strategy):
                 f"an item x item matrix takes at most {EASE_MAX_ITEMS} items, came {rows.n_items}; leave it out"
             )
         if self._outside:
-            model, place = self._model, self._places(dataset)
+            model, column = self._model, {item: number for number, item in enumerate(self._item_ids)}
+            place = torch.tensor([column.get(item, -1) for item in dataset.item_ids.tolist()])
             if not bool((place >= 0).any()):
                 raise ValueError(
                     f"strategy {self.name!r}: no item of the fitted model is an item of the log, with ids like "
@@ -109,14 +111,11 @@ class LibraryModel(Strategy):
                 yield key.encode() + value.tobytes()
             elif isinstance(value, csr_matrix):
                 yield key.encode() + value.indices.tobytes() + value.data.tobytes()
+        yield "\n".join(self._item_ids).encode()
 
     @abstractmethod
     def _is_fitted(self, model: Any) -> bool:
         """Whether the model came fitted."""
-
-    @abstractmethod
-    def _places(self, dataset: Dataset) -> Tensor:
-        """Where a fitted model keeps each item of the log; int64 (n_items,), -1 = nowhere."""
 
     @abstractmethod
     def _trained(self, rows: FitRows, seed: int) -> Any:
@@ -124,7 +123,13 @@ class LibraryModel(Strategy):
 
     @abstractmethod
     def _freeze(self, model: Any, place: Tensor, seen: Tensor) -> None:
-        """Fills `form` from a fitted model; `place` as in `_places`, `seen` bool (n_items,)."""
+        """Fills `form` from a fitted model.
+
+        Args:
+            model: The fitted model.
+            place: int64 (n_items,), where it keeps each item of the log; -1 = nowhere.
+            seen: bool (n_items,), the items of which it has learned something.
+        """
 
 
 class ImplicitModel(LibraryModel):
@@ -151,25 +156,21 @@ class ImplicitModel(LibraryModel):
         form: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(name, model, _implicit_form(model) if form is None else _saved_form(form))
-        self._item_ids = None if item_ids is None else [str(item) for item in item_ids]
-        if self._outside and self._item_ids is None:
+        if self._outside and item_ids is None:
             raise ValueError(
                 f"strategy {name!r}: the model is fitted already; give item_ids, the log's id of each of its item columns, or a "
                 "model that is not fitted"
             )
+        if self._outside and item_ids is not None:
+            self._item_ids = [str(item) for item in item_ids]
+            n_items = (model.similarity if isinstance(self.form, ItemKnn) else model.item_factors).shape[0]
+            if len(self._item_ids) != n_items:
+                raise ValueError(
+                    f"strategy {name!r}: the model has {n_items} items, came {len(self._item_ids)} item_ids"
+                )
 
     def _is_fitted(self, model: Any) -> bool:
         return getattr(model, "item_factors", None) is not None or getattr(model, "similarity", None) is not None
-
-    def _places(self, dataset: Dataset) -> Tensor:
-        ids = self._item_ids or []
-        learned = self._model.similarity if isinstance(self.form, ItemKnn) else self._model.item_factors
-        if len(ids) != learned.shape[0]:
-            raise ValueError(
-                f"strategy {self.name!r}: the model has {learned.shape[0]} items, came {len(ids)} item_ids"
-            )
-        column = {item: number for number, item in enumerate(ids)}
-        return torch.tensor([column.get(item, -1) for item in dataset.item_ids.tolist()])
 
     def _trained(self, rows: FitRows, seed: int) -> Any:
         model = copy.deepcopy(self._model)
@@ -228,13 +229,12 @@ class CornacModel(LibraryModel):
         form: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(name, model, _cornac_form(model, fold_l2) if form is None else _saved_form(form))
+        if self._outside:
+            by_column = sorted((number, str(item)) for item, number in model.iid_map.items())
+            self._item_ids = [item for _, item in by_column]
 
     def _is_fitted(self, model: Any) -> bool:
         return bool(model.is_fitted)
-
-    def _places(self, dataset: Dataset) -> Tensor:
-        column = {str(item): number for item, number in self._model.iid_map.items()}
-        return torch.tensor([column.get(item, -1) for item in dataset.item_ids.tolist()])
 
     def _trained(self, rows: FitRows, seed: int) -> Any:
         settings: dict[str, Any] = {"verbose": False}
