@@ -36,7 +36,8 @@ class Args:
     seed: int = 0
     """Decides folds, fits and start states."""
     pool: tuple[str, ...] = ()
-    """Strategies by name; none given takes the default pool."""
+    """Strategies: names (popular, ease, ...), `production=scores.parquet`, or `my_module:MyStrategy`; none given takes the
+    default pool."""
     starts_per_user: int = 8
     """Start states for each user of folds A and B; the first is cold."""
     slate_size: int = 5
@@ -74,13 +75,15 @@ def run(args: Args) -> dict[str, Any]:
         The result row.
     """
     from metarec_gym.data import InteractionLog
+    from metarec_gym.recommenders import make_strategy
     from metarec_gym.world import World
 
+    pool = [make_strategy(word) for word in args.pool]
     log = InteractionLog.load(args.log)
     settings = {"seed": args.seed, "pool": list(args.pool), "starts_per_user": args.starts_per_user}
     settings |= {"slate_size": args.slate_size, "horizon": args.horizon, "replicas": args.replicas}
     settings |= {"members": args.members, "variants": args.variants, "response": args.response}
-    settings |= {"session_gap_s": args.session_gap}
+    settings |= {"session_gap_s": args.session_gap, "strategies": [strategy.fingerprint() for strategy in pool]}
     facts = {"kind": "world", "log": log.hash, "settings": settings, "code": code_hash(CODE)}
     folder = RunFolder(args.runs, f"world_{log.name}", facts)
     done = folder.result()
@@ -95,7 +98,7 @@ def run(args: Args) -> dict[str, Any]:
     world = World.build(
         log,
         seed=args.seed,
-        pool=args.pool or None,
+        pool=pool or None,
         starts_per_user=args.starts_per_user,
         slate_size=args.slate_size,
         horizon=args.horizon,
@@ -123,6 +126,8 @@ def run(args: Args) -> dict[str, Any]:
         }
     )
     print(f"world  {world.name}  {world.hash}  saved to {args.out} in {row['seconds']:.0f} s")
+    for name, said in world.metrics["strategies"].items():
+        print(f"strategy {name}: " + ", ".join(f"{fact.replace('_', ' ')} {value}" for fact, value in said.items()))
     print(_hint(args))
     return row
 

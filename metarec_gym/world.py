@@ -23,7 +23,10 @@ from metarec_gym.places import world_folder
 from metarec_gym.response.frozen import AnyJudge, LoggedResponse, make_judge
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from metarec_gym.data.interactions import InteractionLog
+    from metarec_gym.recommenders.base import Strategy
     from metarec_gym.response.model import ResponseConfig
 
 WORLD_SCHEMA = 3
@@ -377,7 +380,7 @@ class World:
         log: InteractionLog,
         *,
         seed: int = 0,
-        pool: tuple[str, ...] | None = None,
+        pool: Sequence[str | Strategy] | None = None,
         starts_per_user: int = 8,
         slate_size: int = 5,
         horizon: int | None = None,
@@ -396,7 +399,8 @@ class World:
         Args:
             log: The validated log.
             seed: Decides folds, fits and start states.
-            pool: Strategy names; the default pool if None.
+            pool: Strategies: names, `production=scores.parquet`, `my_module:MyStrategy` (see `recommenders.make_strategy`), or
+                strategies of your own; the default pool if None.
             starts_per_user: Start states for each user of folds A and B; the first is cold (empty history), the others have
                 history lengths drawn log-uniformly up to the user's own.
             slate_size: Items a request.
@@ -424,7 +428,7 @@ class World:
         return Builder(
             log=log,
             seed=seed,
-            pool_names=pool,
+            pool=pool,
             starts_per_user=starts_per_user,
             slate_size=slate_size,
             horizon=horizon,

@@ -21,9 +21,12 @@ from metarec_gym.world import FOLDS, SECOND, World, WorldError, list_stats, star
 from metarec_gym.world_judges import JudgeJob, fit_judges, write_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from metarec_gym.data.dataset import Dataset
     from metarec_gym.data.interactions import InteractionLog
     from metarec_gym.data.sessions import SessionGap
+    from metarec_gym.recommenders.base import Strategy
     from metarec_gym.recommenders.pool import Pool
     from metarec_gym.response.model import ResponseConfig
 
@@ -42,7 +45,7 @@ class Builder:
 
     log: InteractionLog
     seed: int
-    pool_names: tuple[str, ...] | None
+    pool: Sequence[str | Strategy] | None
     starts_per_user: int
     slate_size: int
     horizon: int | None
@@ -83,11 +86,14 @@ class Builder:
             "users_by_fold": {"S": len(users_s), "A": len(users_a), "B": len(users_b)},
             "cost_seconds": {name: cost.seconds for name, cost in costs.items()},
             "cost_flops": {name: cost.flops for name, cost in costs.items()},
+            "cost_money": {name: cost.money for name, cost in costs.items() if cost.money > 0},
             "session_gap_s": None if self._gap is None else self._gap.gap_s,
             "session_gap_note": "the log's own session ids" if self._gap is None else self._gap.note,
         }
         if self.replicas > 0 and self.response == "model":
             metrics["predictive_check"] = self._predictive_check(dataset, pool, responses, users_a, users_b)
+        # last: re-rankers count what they were asked until here
+        metrics["strategies"] = {strategy.name: said for strategy in pool if (said := strategy.report())}
         weights = tensors["outcome_weights"]
         # outcomes after the gate are conditional on it: their rate among engaged rows times the gate's rate
         taken = dataset.outcome[dataset.outcome[:, 0] > 0]
@@ -172,7 +178,8 @@ class Builder:
         if self.out is None:
             return None
         asked = (
-            *(self.log.hash, _code_hash(), torch.__version__, repr(self.pool_names), repr(self.response_config)),
+            *(self.log.hash, _code_hash(), torch.__version__, repr(self.response_config)),
+            *(strategy.fingerprint() for strategy in self._strategies),
             *(str(self.members), self.response, repr(self.session_gap_s)),
         )
         key = stream(self.seed, *asked)
@@ -180,16 +187,22 @@ class Builder:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    @functools.cached_property
+    def _strategies(self) -> list[Strategy]:
+        """The strategies asked for, before they are fitted."""
+        from metarec_gym.recommenders.registry import DEFAULT_POOL, make_strategy
+
+        return [make_strategy(word) for word in self.pool or DEFAULT_POOL]
+
     def _pool(self, dataset: Dataset, users: Tensor) -> Pool:
-        from metarec_gym.recommenders.pool import DEFAULT_POOL, Pool
+        from metarec_gym.recommenders.pool import Pool
 
         done = self._stages / "pool" if self._stages else None
         if done is not None and done.is_dir():
             self._say("strategies: found")
-            return Pool.load(done)
-        names = self.pool_names or DEFAULT_POOL
-        self._say(f"fitting {len(names)} strategies on {len(users)} users of fold S")
-        pool = Pool.fit(dataset, users, seed=self.seed, names=names, progress=self.progress)
+            return Pool.load(done, given=self._strategies)
+        self._say(f"fitting {len(self._strategies)} strategies on {len(users)} users of fold S")
+        pool = Pool.fit(dataset, users, seed=self.seed, names=self._strategies, progress=self.progress)
         if done is not None:
             writing = done.with_name("pool.writing")
             shutil.rmtree(writing, ignore_errors=True)

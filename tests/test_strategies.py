@@ -14,19 +14,30 @@ import torch
 from torch import Tensor
 
 from metarec_gym.data import FOLD_S, Dataset, encode, synthetic_log
-from metarec_gym.recommenders import DEFAULT_POOL, Pool, Strategy
-from metarec_gym.recommenders.base import best_items, keep_on_the_right, recency_weights
+from metarec_gym.recommenders import DEFAULT_POOL, Pool, Strategy, register_strategy
+from metarec_gym.recommenders.base import FitRows, best_items, keep_on_the_right, recency_weights
 from metarec_gym.recommenders.content import Content, sentence_embeddings
 from metarec_gym.recommenders.factorization import Als, Bpr
-from metarec_gym.recommenders.hybrid import ReciprocalRankFusion
+from metarec_gym.recommenders.hybrid import ReciprocalRankFusion, Reranker
 from metarec_gym.recommenders.neighbours import Ease, ItemKnn
 from metarec_gym.recommenders.non_personal import LongTail, Popular, Trending
-from metarec_gym.recommenders.pool import rebuild
 from metarec_gym.recommenders.precomputed import Precomputed
+from metarec_gym.recommenders.registry import rebuild
 from metarec_gym.recommenders.sequential import SasRec
 
 DAY_S = 86_400.0
-KINDS = {"non_personal", "neighbours", "factorization", "sequential", "content", "hybrid", "precomputed"}
+KINDS = {
+    "non_personal",
+    "neighbours",
+    "factorization",
+    "sequential",
+    "content",
+    "hybrid",
+    "precomputed",
+    "library",
+    "language_model",
+    "own",
+}
 
 
 def dataset_of(
@@ -61,6 +72,28 @@ def dataset_of(
     )
 
 
+class SameCategory(Strategy):
+    """A strategy as a user writes it: the last item's categories first, the most popular of them leading."""
+
+    kind = "own"
+
+    def __init__(self, name: str = "same_category") -> None:
+        super().__init__(name)
+        self.register_buffer("category", torch.zeros(0, 0))
+
+    def _fit(self, rows: FitRows, dataset: Dataset, seed: int) -> None:
+        self.category = dataset.item_category
+
+    def _score(self, histories: Tensor) -> Tensor:
+        return self.category[histories[:, -1].clamp(min=0)] @ self.category.T + self.popularity
+
+    def _flops(self) -> float:
+        return 2.0 * self.category.numel()
+
+
+register_strategy(SameCategory)
+
+
 def all_users(dataset: Dataset) -> Tensor:
     return torch.arange(dataset.n_users)
 
@@ -76,11 +109,12 @@ def variants(dataset: Dataset) -> list[Strategy | str]:
         Bpr(iterations=15),
         ItemKnn("item_bm25", weighting="bm25", last_items=None, half_life_items=None),
         Content("embedding", embeddings=np.eye(dataset.n_items, 5) + 0.1),
+        SameCategory(),
         Precomputed(neighbours=lists, ranking=pd.DataFrame({"item_id": ids[3:9], "score": range(6)})),
     ]
 
 
-NAMES = (*DEFAULT_POOL, "item_bm25", "embedding", "precomputed")
+NAMES = (*DEFAULT_POOL, "item_bm25", "embedding", "same_category", "precomputed")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,9 +161,18 @@ def histories(dataset: Dataset) -> Tensor:
     return dataset.histories(users, torch.arange(24) % 9)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    """The strategies of the contract one by one."""
+    return str(request.param)
+
+
 class TestContract:
-    """What a world relies on, whichever strategy it is."""
+    """What a world relies on, whichever strategy it is.
+
+    A module that imports this class and has fixtures `pool`, `second_pool`, `histories`, `dataset` and `name` of its own holds
+    its strategies to the same contract.
+    """
 
     def test_scores_are_finite_float32_of_shape_batch_by_items(
         self, name: str, pool: Pool, histories: Tensor, dataset: Dataset
@@ -171,7 +214,7 @@ class TestContract:
     def test_state_dict_and_description_rebuild_it(self, name: str, pool: Pool, histories: Tensor) -> None:
         rebuilt = rebuild(pool[name].describe())
         rebuilt.load_state_dict(pool[name].state_dict())
-        if isinstance(rebuilt, ReciprocalRankFusion):
+        if isinstance(rebuilt, Reranker):
             rebuilt.bind({strategy.name: strategy for strategy in pool})
         assert torch.equal(rebuilt.score(histories), pool[name].score(histories))
         assert rebuilt.describe() == pool[name].describe()
@@ -395,7 +438,7 @@ def test_reciprocal_rank_fusion_adds_reciprocal_ranks() -> None:
     data = dataset_of([[0, 1, 2, 3]], 4)
     fusion = ReciprocalRankFusion(bases=("popular", "ease"), constant=60.0)
     fusion.bind({"popular": Popular(), "ease": Ease()}).fit(data, all_users(data), seed=0)
-    scores = fusion.fuse([torch.tensor([[2, 0]]), torch.tensor([[0, 1]])])
+    scores = fusion.rerank(torch.zeros(1, 0, dtype=torch.int64), [torch.tensor([[2, 0]]), torch.tensor([[0, 1]])])
     expected = torch.tensor([1 / 62 + 1 / 61, 1 / 62, 1 / 61, 0.0])
     torch.testing.assert_close(scores[0, :3], expected[:3])
     assert float(scores[0, 3]) <= 0.0

@@ -8,8 +8,12 @@ Histories everywhere: int64 (batch, H), the newest item last, padded with -1 on 
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
@@ -39,6 +43,8 @@ class Cost:
     """Floating-point operations, counted on paper: the same on every machine."""
     seconds: float
     """Wall time on the device that the strategy is on, measured in batches of 64 users."""
+    money: float = 0.0
+    """What an outside service charges for it, in the currency of the prices that the strategy was given."""
 
 
 @dataclass(frozen=True)
@@ -134,18 +140,21 @@ def sum_of_rows(histories: Tensor, values: Tensor, table: Tensor) -> Tensor:
 class Strategy(torch.nn.Module, ABC):
     """A recommender as an action: a family (`kind`), frozen buffers, and `score`.
 
-    A subclass fills in `_fit`, `_score`, `_flops` and `_settings`. What all families share stands here, once: history
-    items that fold S never met are dropped (no strategy knows anything of them), a user without a usable history is
-    served the most popular items, and items that fold S never met come last.
+    A subclass fills in `_fit`, `_score`, `_flops` and, if its constructor takes more than a name, `_settings`; see also
+    `metarec_gym.recommenders.registry`. What all families share stands here, once: history items that fold S never met
+    are dropped (no strategy knows anything of them), a user without a usable history is served the most popular items,
+    and items that fold S never met come last.
 
     Args:
         name: Name in the pool.
     """
 
     kind: ClassVar[str]
-    """Family: non_personal, neighbours, factorization, sequential, content, hybrid or precomputed."""
+    """Family: non_personal, neighbours, factorization, sequential, content, hybrid, precomputed, library, language_model,
+    or a word of your own."""
     personal: ClassVar[bool] = True
-    """Whether the history changes the scores; the others need no stand-in for users without one."""
+    """Whether users without a usable history need a stand-in, the most popular items; False where the history changes nothing
+    or the strategy has an answer of its own for them."""
     knows_unseen_items: ClassVar[bool] = False
     """Whether items that fold S never met have meaningful scores (from their text, or from outside)."""
 
@@ -206,6 +215,9 @@ class Strategy(torch.nn.Module, ABC):
         if not self.knows_unseen_items:
             keep &= self.popularity[histories.clamp(min=0)] > 0
         usable = keep_on_the_right(histories, keep)
+        if usable.shape[1] == 0:
+            # one column at least, so that `histories[:, -1]` is safe in every subclass
+            usable = torch.nn.functional.pad(usable, (1, 0), value=-1)
         scores = self._score(usable)
         if self.personal:
             scores = torch.where((usable >= 0).any(dim=1, keepdim=True), scores, self.popularity)
@@ -233,8 +245,35 @@ class Strategy(torch.nn.Module, ABC):
         return Cost(flops=float(self._flops()), seconds=self._seconds[device])
 
     def describe(self) -> dict[str, JSON]:
-        """Class, name and settings: what `metarec_gym.recommenders.pool.rebuild` needs besides the state dict."""
-        return {"class": type(self).__name__, "kind": self.kind, "settings": {"name": self.name, **self._settings()}}
+        """Class, name and settings: what `metarec_gym.recommenders.registry.rebuild` needs besides the state dict."""
+        settings: dict[str, JSON] = {"name": self.name, **self._settings()}
+        return {"class": class_path(type(self)), "kind": self.kind, "settings": settings}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """An empty strategy with the settings of `describe`; a class with settings that a file must not decide checks them."""
+        return cls(**settings)
+
+    def fingerprint(self) -> str:
+        """Hash of all that decides a fit besides log, users and seed; 16 hexadecimal digits.
+
+        Description, inputs (`_inputs`), and the source of a class from outside this package: a world that was built with
+        other code or another file is not taken for this one.
+        """
+        digest = hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode())
+        if ":" in class_path(type(self)):
+            try:
+                digest.update(inspect.getsource(inspect.getmodule(type(self)) or type(self)).encode())
+            except (OSError, TypeError):
+                # typed into an interpreter: no file to read
+                digest.update(b"no source")
+        for part in self._inputs():
+            digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()[:16]
+
+    def report(self) -> dict[str, JSON]:
+        """What a reader of the world should know of the fit or of the serving: left-out rows, failures; often nothing."""
+        return {}
 
     @abstractmethod
     def _fit(self, rows: FitRows, dataset: Dataset, seed: int) -> None:
@@ -242,15 +281,28 @@ class Strategy(torch.nn.Module, ABC):
 
     @abstractmethod
     def _score(self, histories: Tensor) -> Tensor:
-        """Scores (batch, n_items) of known items; the row of an empty history may hold any finite numbers."""
+        """Scores (batch, n_items) of known items; the row of an empty history may hold any finite numbers.
+
+        `histories` is int64 (batch, H) with H >= 1, newest last, -1 on the left.
+        """
 
     @abstractmethod
     def _flops(self) -> float:
         """Operations of one request with `REFERENCE_LENGTH` items of history."""
 
-    @abstractmethod
     def _settings(self) -> dict[str, JSON]:
         """Constructor arguments besides the name."""
+        return {}
+
+    def _inputs(self) -> Iterable[bytes]:
+        """Contents that a fit reads besides the log: files, tables, models."""
+        return ()
+
+
+def class_path(cls: type[Strategy]) -> str:
+    """How a saved pool names a class: bare for those of this package, `module:Class` for all others."""
+    own = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return cls.__qualname__ if own else f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _make_room(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -101,6 +101,9 @@ class Content(Strategy):
             "max_words": self.max_words,
         }
 
+    def _inputs(self) -> tuple[bytes, ...]:
+        return () if self._embeddings is None else (self._embeddings.contiguous().numpy().tobytes(),)
+
 
 def sentence_embeddings(dataset: Dataset, model: str = "all-MiniLM-L6-v2", device: str = "cpu") -> Tensor:
     """Sentence embeddings of `Dataset.item_text` for `Content(embeddings=...)`; float32 (n_items, d).

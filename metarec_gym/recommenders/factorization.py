@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from metarec_gym.data.dataset import Dataset
 
 
-def _library_seed(seed: int) -> int:
+def library_seed(seed: int) -> int:
+    """The seed for a library that takes 32 bits."""
     # numpy's RandomState, which the library builds from it, takes 32 bits
     return seed % 2**31
 
@@ -66,14 +67,16 @@ class Als(Strategy):
                 alpha=self.alpha,
                 iterations=self.iterations,
                 num_threads=1,
-                random_state=_library_seed(seed),
+                random_state=library_seed(seed),
             )
             model.fit(rows.matrix(), show_progress=False)
-        factor = torch.from_numpy(model.item_factors).to(torch.float32).clone()
+        self.freeze(torch.from_numpy(model.item_factors), rows.counts() > 0)
+
+    def freeze(self, factor: Tensor, seen: Tensor) -> None:
+        """Takes fitted item factors (n_items, d); `seen`, bool (n_items,), are the items that the fit met."""
         # what nobody took keeps a remnant of its random start
-        factor[rows.counts() == 0] = 0.0
-        self.factor = factor
-        self.gram = factor.T @ factor + self.l2 * torch.eye(factor.shape[1])
+        self.factor = torch.where(seen[:, None], factor.to(torch.float32), 0.0)
+        self.gram = self.factor.T @ self.factor + self.l2 * torch.eye(factor.shape[1])
 
     def _score(self, histories: Tensor) -> Tensor:
         taken = self.factor[histories.clamp(min=0)] * (histories >= 0)[:, :, None]
@@ -148,15 +151,18 @@ class Bpr(Strategy):
                 regularization=self.l2,
                 iterations=self.iterations,
                 num_threads=1,
-                random_state=_library_seed(seed),
+                random_state=library_seed(seed),
             )
             model.fit(rows.matrix(), show_progress=False)
         # the library keeps the bias in the last column
-        factor = torch.from_numpy(model.item_factors).to(torch.float32)
-        seen = rows.counts() > 0
-        known = factor[seen, :-1].to(torch.float64)
-        self.factor = factor[:, :-1].clone()
-        self.bias = factor[:, -1].clone()
+        factor = torch.from_numpy(model.item_factors)
+        self.freeze(factor[:, :-1], factor[:, -1], rows.counts() > 0)
+
+    def freeze(self, factor: Tensor, bias: Tensor, seen: Tensor) -> None:
+        """Takes fitted item factors (n_items, d) and biases (n_items,); `seen`, bool (n_items,): those that the fit met."""
+        self.factor = factor.to(torch.float32).clone()
+        self.bias = bias.to(torch.float32).clone()
+        known = self.factor[seen].to(torch.float64)
         self.centre = known.mean(dim=0).to(torch.float32)
         centred = known - known.mean(dim=0)
         covariance = centred.T @ centred / known.shape[0]

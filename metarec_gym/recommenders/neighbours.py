@@ -18,6 +18,8 @@ from metarec_gym.recommenders.base import (
 )
 
 if TYPE_CHECKING:
+    from scipy.sparse import coo_matrix
+
     from metarec_gym.data.dataset import Dataset
 
 EASE_MAX_ITEMS = 20_000
@@ -102,13 +104,16 @@ class ItemKnn(NeighbourStrategy):
         # the library counts an item among its own neighbours: one more, so that n_neighbours others are left
         model = ItemItemRecommender(K=self.n_neighbours + 1, num_threads=1)
         model.fit(weighted.T.tocsr(), show_progress=False)
-        coo = model.similarity.tocoo()
-        row = torch.from_numpy(coo.row.astype("int64"))
-        column = torch.from_numpy(coo.col.astype("int64"))
-        value = torch.from_numpy(coo.data.astype("float32"))
+        self.freeze(model.similarity.tocoo())
+
+    def freeze(self, similarity: coo_matrix) -> None:
+        """Takes fitted similarities (n_items, n_items): row i says what follows item i."""
+        row = torch.from_numpy(similarity.row.astype("int64"))
+        column = torch.from_numpy(similarity.col.astype("int64"))
+        value = torch.from_numpy(similarity.data.astype("float32"))
         keep = (row != column) & (value > 0)
         self.neighbour, self.similarity = neighbour_table(
-            row[keep], column[keep], value[keep], rows.n_items, self.n_neighbours
+            row[keep], column[keep], value[keep], similarity.shape[0], self.n_neighbours
         )
 
     def _settings(self) -> dict[str, JSON]:
@@ -185,6 +190,10 @@ class Ease(Strategy):
         # B_ij = -P_ij / P_jj, B_jj = 0
         weight = -inverse / inverse.diagonal()
         weight.fill_diagonal_(0.0)
+        self.freeze(weight)
+
+    def freeze(self, weight: Tensor) -> None:
+        """Takes fitted weights (n_items, n_items): row i is what item i adds to the scores."""
         # row by row: the inverse comes column by column, and adding up its rows would be 25 times slower
         self.weight = weight.to(torch.float32).contiguous()
 

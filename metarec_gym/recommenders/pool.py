@@ -4,87 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from metarec_gym.recommenders.base import JSON, Cost, Strategy, best_items
-from metarec_gym.recommenders.content import Content
-from metarec_gym.recommenders.factorization import Als, Bpr
-from metarec_gym.recommenders.hybrid import ReciprocalRankFusion
-from metarec_gym.recommenders.neighbours import Ease, ItemKnn
-from metarec_gym.recommenders.non_personal import LongTail, Popular, Trending
-from metarec_gym.recommenders.precomputed import Precomputed
-from metarec_gym.recommenders.sequential import SasRec
+from metarec_gym.recommenders.hybrid import Reranker, bind_all
+from metarec_gym.recommenders.registry import DEFAULT_POOL, make_strategy, rebuild
 
 if TYPE_CHECKING:
     from metarec_gym.data.dataset import Dataset
 
 POOL_SCHEMA = 1
-DEFAULT_POOL = (
-    "popular",
-    "trending",
-    "long_tail",
-    "item_knn",
-    "ease",
-    "als",
-    "bpr",
-    "content",
-    "sasrec",
-    "rrf",
-)
-"""The strategies that a world has if nothing else is said, in the order of their action indices."""
-
-STRATEGIES: dict[str, Callable[[], Strategy]] = {
-    "popular": Popular,
-    "trending": Trending,
-    "long_tail": LongTail,
-    "item_knn": ItemKnn,
-    "ease": Ease,
-    "als": Als,
-    "bpr": Bpr,
-    "content": Content,
-    "sasrec": SasRec,
-    "rrf": ReciprocalRankFusion,
-}
-"""What a name stands for, with its default settings."""
-
-_CLASSES: dict[str, Callable[..., Strategy]] = {
-    kind.__name__: kind
-    for kind in (
-        Popular,
-        Trending,
-        LongTail,
-        ItemKnn,
-        Ease,
-        Als,
-        Bpr,
-        Content,
-        SasRec,
-        ReciprocalRankFusion,
-        Precomputed,
-    )
-}
 _ELEMENTS_PER_CHUNK = 2**21
 """Scores (rows x items) in flight at a time: some tens of MB with the keys that ranking makes of them."""
 _ROWS_PER_MATMUL = 16
-
-
-def rebuild(description: Mapping[str, Any]) -> Strategy:
-    """An empty strategy from `Strategy.describe()`, ready for `load_state_dict`.
-
-    Raises:
-        ValueError: When this metarec_gym has no such class.
-    """
-    if description["class"] not in _CLASSES:
-        raise ValueError(
-            f"no strategy class {description['class']!r} here (there are {sorted(_CLASSES)}); upgrade metarec_gym"
-        )
-    return _CLASSES[description["class"]](**description["settings"])
 
 
 class Pool:
@@ -96,14 +34,15 @@ class Pool:
 
     def __init__(self, strategies: Sequence[Strategy]) -> None:
         names = [strategy.name for strategy in strategies]
-        if not strategies or len(set(names)) != len(names):
-            raise ValueError(f"a pool has one strategy or more, with distinct names; came {names}")
+        if not strategies or len(set(names)) != len(names) or any("/" in name for name in names):
+            raise ValueError(f"a pool has one strategy or more, with distinct names without '/'; came {names}")
         sizes = {strategy.name: strategy.n_items for strategy in strategies}
         if len(set(sizes.values())) != 1 or 0 in sizes.values():
             raise ValueError(f"the strategies of a pool are fitted on one catalogue; items known to each: {sizes}")
         self.strategies = tuple(strategies)
         self.names = tuple(names)
-        _bind(self.strategies)
+        # bases before re-rankers
+        self._order = tuple(bind_all(self.strategies))
 
     @classmethod
     def fit(
@@ -121,7 +60,8 @@ class Pool:
             dataset: The encoded log.
             users: int64 (n,), the users of fold S.
             seed: Each strategy draws from a stream of its own, so adding one changes no other.
-            names: Names of `STRATEGIES`, or strategies of your own (other settings, `Precomputed`, your own class).
+            names: Names of `STRATEGIES`, other words that `make_strategy` reads, or strategies of your own (other settings,
+                `Precomputed`, your own class).
             progress: Show a bar.
 
         Returns:
@@ -129,11 +69,8 @@ class Pool:
         """
         from tqdm import tqdm
 
-        unknown = [name for name in names if isinstance(name, str) and name not in STRATEGIES]
-        if unknown:
-            raise ValueError(f"no strategy is named {unknown}; the names are {sorted(STRATEGIES)}")
-        strategies = [STRATEGIES[name]() if isinstance(name, str) else name for name in names]
-        _bind(strategies)
+        strategies = [make_strategy(name) for name in names]
+        bind_all(strategies)
         with tqdm(total=len(strategies), desc="strategies", unit="strategy", disable=not progress) as bar:
             for strategy in strategies:
                 bar.set_postfix_str(strategy.name)
@@ -223,17 +160,18 @@ class Pool:
         return lists
 
     def _rank(self, histories: Tensor, length: int, exclude: Tensor | None, scores: Tensor | None) -> Tensor:
-        fused = [strategy for strategy in self.strategies if isinstance(strategy, ReciprocalRankFusion)]
-        depth = {base: max(length, fusion.depth) for fusion in fused for base in fusion.bases}
+        depth = dict.fromkeys(self.names, length)
+        for strategy in self.strategies:
+            if isinstance(strategy, Reranker):
+                depth |= {base: max(depth[base], strategy.depth) for base in strategy.bases}
         ranked: dict[str, Tensor] = {}
         candidate = None if scores is None else _candidates(histories, self.n_items, exclude)
-        # fusions last: they reuse the lists of their bases
-        for strategy in sorted(self.strategies, key=lambda strategy: strategy in fused):
-            if isinstance(strategy, ReciprocalRankFusion):
-                score = strategy.fuse([ranked[base][:, : strategy.depth] for base in strategy.bases])
+        for strategy in self._order:
+            if isinstance(strategy, Reranker):
+                score = strategy.rerank(histories, [ranked[base][:, : strategy.depth] for base in strategy.bases])
             else:
                 score = strategy.score(histories)
-            ranked[strategy.name] = _best_allowed(score, histories, depth.get(strategy.name, length), exclude)
+            ranked[strategy.name] = _best_allowed(score, histories, depth[strategy.name], exclude)
             if scores is not None and candidate is not None:
                 standard = standard_scores(score, candidate, ranked[strategy.name][:, :length])
                 scores[:, self.names.index(strategy.name)] = standard[: len(scores)].to(scores.device)
@@ -262,12 +200,19 @@ class Pool:
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Pool:
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu", *, given: Sequence[Strategy] = ()) -> Pool:
         """Reads a saved pool onto `device`.
+
+        Args:
+            folder: Where `save` wrote.
+            device: Where the strategies go.
+            given: Strategies of your own making that take the saved state of the same name, instead of being made from the
+                saved settings: for what a file does not hold, such as whom a language model is asked.
 
         Raises:
             FileNotFoundError: When the folder holds no pool.
-            ValueError: When it comes from a newer schema.
+            ValueError: When it comes from a newer schema, or holds a class of somebody's own that is not registered here (see
+                `register_strategy`).
         """
         folder = Path(folder)
         for file in ("strategies.json", "strategies.safetensors"):
@@ -280,9 +225,11 @@ class Pool:
                 "upgrade metarec_gym"
             )
         tensors = load_file(str(folder / "strategies.safetensors"), device=str(device))
+        ready = {strategy.name: strategy for strategy in given}
         strategies = []
         for entry in description["strategies"]:
-            strategy = rebuild(entry).to(device)
+            name = entry["settings"]["name"]
+            strategy = (ready[name] if name in ready else rebuild(entry)).to(device)
             prefix = f"{strategy.name}/"
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             strategy.load_state_dict(state)
@@ -327,10 +274,3 @@ def standard_scores(scores: Tensor, candidate: Tensor, lists: Tensor) -> Tensor:
     equal = variance <= 1e-12 * (1.0 + mean**2)
     z = torch.where(equal | (lists < 0), 0.0, found / variance.clamp(min=1e-300).sqrt())
     return z.clamp(-1e4, 1e4).to(torch.float16)
-
-
-def _bind(strategies: Sequence[Strategy]) -> None:
-    by_name = {strategy.name: strategy for strategy in strategies}
-    for strategy in strategies:
-        if isinstance(strategy, ReciprocalRankFusion):
-            strategy.bind(by_name)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ class Precomputed(NeighbourStrategy):
     """
 
     kind: ClassVar[str] = "precomputed"
+    # users without history are served `ranking`
+    personal: ClassVar[bool] = False
     knows_unseen_items: ClassVar[bool] = True
     rank_score: Tensor
 
@@ -59,6 +62,49 @@ class Precomputed(NeighbourStrategy):
         self.ignored_rows = 0
         # (n_items,) in [-1, 0], the order of the items that no neighbour list names
         self.register_buffer("rank_score", torch.zeros(0))
+
+    @classmethod
+    def from_file(cls, file: str | Path, name: str = "precomputed") -> Self:
+        """The strategy in one Parquet file: item-to-item lists if it has a column `neighbour_id`, else one list for all.
+
+        Raises:
+            FileNotFoundError: When there is no such file.
+            ValueError: When it is not a Parquet file, or its lists are keyed by user.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"strategy {name!r} expects a Parquet file at {file}; there is none")
+        try:
+            columns = pq.read_schema(file).names
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"strategy {name!r} expects a Parquet file at {file}; it cannot be read: {error}"
+            ) from error
+        if "user_id" in columns:
+            raise ValueError(
+                f"{file} holds lists keyed by user: a simulated user's history is not the one that they were made for; export "
+                "what the system lists after each item (item_id, neighbour_id, score), or one list (item_id, score)"
+            )
+        return cls(name, neighbours=file) if "neighbour_id" in columns else cls(name, ranking=file)
+
+    def report(self) -> dict[str, JSON]:
+        """Rows of items that the log does not have."""
+        return {"ignored_rows": self.ignored_rows} if self.ignored_rows else {}
+
+    def _inputs(self) -> Iterator[bytes]:
+        import pandas as pd
+
+        from metarec_gym.data.storage import content_hash, file_sha256
+
+        for source in (self._neighbours, self._ranking):
+            if isinstance(source, pd.DataFrame):
+                yield content_hash({"table": source}, {}).encode()
+            elif source is not None and Path(source).is_file():
+                yield file_sha256(Path(source)).encode()
+            else:
+                yield b""
 
     def _fit(self, rows: FitRows, dataset: Dataset, seed: int) -> None:
         if self._neighbours is None and self._ranking is None:
