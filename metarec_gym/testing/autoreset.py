@@ -8,9 +8,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from metarec_gym.testing.runs import BrokenRule, NotApplicable, Run, Subject
+from metarec_gym.testing.runs import BrokenRule, NotApplicable, Run, Subject, check_form
 from metarec_gym.testing.seeds import refuse
-from metarec_gym.testing.trees import Array, copied, difference, leaves, picked
+from metarec_gym.testing.trees import Array, copied, difference, is_array, leaves, picked
 
 
 def check_next_step(subject: Subject) -> None:
@@ -56,6 +56,9 @@ def check_same_transitions(subject: Subject) -> None:
     for mode in subject.modes[1:]:
         found = _list_difference(lists[first], lists[mode])
         if found:
+            if AutoresetMode.DISABLED in subject.modes and subject.num_envs > 1:
+                # resets that touch other rows show here too; that is then what to say
+                check_partial_reset(subject)
             refuse(
                 subject,
                 "same_transitions",
@@ -70,6 +73,7 @@ def check_final_info(subject: Subject) -> None:
     run = _run(subject, AutoresetMode.SAME_STEP)
     if not others:
         raise NotApplicable("same-step mode alone, nothing to compare final_info with")
+    check_final_obs(subject)
     told = _ends(run, [step.info.get("final_info", {}) for step in run.steps])
     shown = _ends(subject.run(others[0]), [step.info for step in subject.run(others[0]).steps])
     for row, (mine, theirs) in enumerate(zip(told, shown, strict=True)):
@@ -82,6 +86,8 @@ def check_final_info(subject: Subject) -> None:
                     "info at that step",
                 )
             if found := difference({key: one[key] for key in other}, other, "final_info"):
+                # other transitions end otherwise; that is then what to say
+                check_same_transitions(subject)
                 refuse(
                     subject,
                     "final_info",
@@ -106,7 +112,9 @@ def check_partial_reset(subject: Subject) -> None:
             mask = ended[which] | (~others if which == index == 1 else False)
             if not mask.any():
                 continue
-            obs, info = copied(env.reset(options={"reset_mask": mask.copy()}))
+            out = env.reset(options={"reset_mask": mask.copy()})
+            check_form(env, out, f"reset of the rows {np.flatnonzero(mask).tolist()}", parts=2)
+            obs, info = copied(out)
             if found := difference(picked(obs, ~mask), picked(last[which][0], ~mask), "obs"):
                 raise BrokenRule(
                     "partial_reset",
@@ -115,7 +123,11 @@ def check_partial_reset(subject: Subject) -> None:
                 )
             last[which] = (obs, info)
         count = np.full(subject.num_envs, index)
-        steps = [copied(env.step(actions.of(count, last[which][1]))) for which, env in enumerate(envs)]
+        steps = []
+        for which, env in enumerate(envs):
+            out = env.step(actions.of(count, last[which][1]))
+            check_form(env, out, f"step {index}", parts=5)
+            steps.append(copied(out))
         last, ended = [(step[0], step[4]) for step in steps], [step[2] | step[3] for step in steps]
         one, two = (picked(step[:4], others) for step in steps)
         if found := difference(one, two, "(obs, reward, terminated, truncated)"):
@@ -213,6 +225,6 @@ def _row_of(info: dict[str, Any], row: int, path: str) -> list[tuple[str, Array]
             continue
         if isinstance(value, dict):
             values += _row_of(value, row, f"{path}{key}.")
-        elif value.shape[:1] == (len(mask) if mask is not None else value.shape[:1]):
+        elif is_array(value) and len(value) > row:
             values.append((f"{path}{key}", value[row]))
     return values

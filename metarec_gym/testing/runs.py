@@ -61,7 +61,8 @@ class Subject:
     """Autoreset modes that `make` can give."""
     endings: tuple[str, ...] = ()
     """Endings that the environment is known to have within `steps`: `terminated`, `truncated`."""
-    _runs: dict[AutoresetMode, Run] = field(default_factory=dict, repr=False, compare=False)
+    _actions: list[Actions] = field(default_factory=list, init=False, repr=False, compare=False)
+    _runs: dict[AutoresetMode, Run] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_envs < 1 or self.steps < 1 or not self.modes:
@@ -73,11 +74,16 @@ class Subject:
 
     def env(self, mode: AutoresetMode | None = None) -> VectorEnv[Any, Any, Any]:
         """A new environment, in the first mode if none is named."""
-        return self.make(self.num_envs, mode or self.modes[0])
+        env = self.make(self.num_envs, mode or self.modes[0])
+        if env.num_envs != self.num_envs:
+            raise BrokenRule("spaces", f"num_envs is {env.num_envs}, expected {self.num_envs}, as asked for")
+        return env
 
     def actions(self) -> Actions:
-        """The actions of every run."""
-        return Actions(self.env(), self.steps, self.seed)
+        """The actions of every run, drawn once."""
+        if not self._actions:
+            self._actions.append(Actions(self.env(), self.steps, self.seed))
+        return self._actions[0]
 
     def run(self, mode: AutoresetMode) -> Run:
         """The plain run in a mode, played once and kept."""
@@ -114,12 +120,12 @@ class Actions:
         if not isinstance(self._single, gymnasium.spaces.Discrete) or "action_mask" not in info:
             return action
         mask = array(info["action_mask"]) > 0
-        if mask.shape != (len(self._rows), int(self._single.n)) or not mask.any(axis=1).all():
+        if mask.shape != (len(self._rows), int(self._single.n)):
             return action
         # the r-th valid action, r = floor(draw * number of valid ones)
         rank = (self._draws[count, self._rows] * mask.sum(axis=1)).astype(np.int64)
         chosen = np.argmax(np.cumsum(mask, axis=1) > rank[:, None], axis=1) + self._single.start
-        return chosen.astype(action.dtype)
+        return np.where(mask.any(axis=1), chosen, action).astype(action.dtype)
 
 
 @dataclass(frozen=True)
@@ -199,7 +205,7 @@ def play(
 
     def reset(where: str, **arguments: Any) -> tuple[Any, Any]:
         out = env.reset(**arguments)
-        _check_form(env, out, where, parts=2)
+        check_form(env, out, where, parts=2)
         kept = returned(where, out)
         return kept[0], kept[1]
 
@@ -215,7 +221,7 @@ def play(
         action = actions.of(count, info)
         given = copied(action)
         out = env.step(given)
-        _check_form(env, out, f"step {index}", parts=5)
+        check_form(env, out, f"step {index}", parts=5)
         left = copied(given)
         before, (obs, reward, terminated, truncated, info) = obs, returned(f"step {index}", out)
         if touch is not None:
@@ -258,14 +264,14 @@ def with_rows(tree: Any, final: Any, rows: Array) -> Any:
     return result
 
 
-def _check_form(env: VectorEnv[Any, Any, Any], out: Any, where: str, parts: int) -> None:
+def check_form(env: VectorEnv[Any, Any, Any], out: Any, where: str, parts: int) -> None:
     """Raises `types` unless an output has the containers, shapes and dtypes that the spaces promise."""
     if not isinstance(out, tuple) or len(out) != parts:
         size = f" of {len(out)}" if isinstance(out, Sequence) else ""
         raise BrokenRule("types", f"{where} gave a {type(out).__name__}{size}, expected a tuple of {parts}")
     if not isinstance(out[-1], dict):
         raise BrokenRule("types", f"info of {where} is a {type(out[-1]).__name__}, expected a dict")
-    _check_obs(env.observation_space, out[0], f"obs of {where}")
+    _check_obs(env.observation_space, out[0], env.num_envs, f"obs of {where}")
     if parts == 2:
         return
     for name, value, kinds, word in (
@@ -278,18 +284,18 @@ def _check_form(env: VectorEnv[Any, Any, Any], out: Any, where: str, parts: int)
             raise BrokenRule("types", f"{name} of {where} is {came}, expected {word} ({env.num_envs},)")
 
 
-def _check_obs(space: gymnasium.Space[Any], obs: Any, name: str) -> None:
+def _check_obs(space: gymnasium.Space[Any], obs: Any, num_envs: int, name: str) -> None:
     if isinstance(space, gymnasium.spaces.Dict):
-        if not isinstance(obs, Mapping) or set(obs) != set(space.spaces):
-            keys = sorted(obs) if isinstance(obs, Mapping) else type(obs).__name__
+        if not isinstance(obs, dict) or set(obs) != set(space.spaces):
+            keys = sorted(obs) if isinstance(obs, dict) else type(obs).__name__
             raise BrokenRule("types", f"{name} has {keys}, expected a dict with {sorted(space.spaces)}")
         for key, inner in space.spaces.items():
-            _check_obs(inner, obs[key], f"{name}[{key!r}]")
+            _check_obs(inner, obs[key], num_envs, f"{name}[{key!r}]")
     elif isinstance(space, gymnasium.spaces.Tuple):
         if not isinstance(obs, tuple) or len(obs) != len(space.spaces):
             raise BrokenRule("types", f"{name} is a {type(obs).__name__}, expected a tuple of {len(space.spaces)}")
         for index, inner in enumerate(space.spaces):
-            _check_obs(inner, obs[index], f"{name}[{index}]")
+            _check_obs(inner, obs[index], num_envs, f"{name}[{index}]")
     elif space.shape is not None:
         if not is_array(obs):
             raise BrokenRule("types", f"{name} is a {type(obs).__name__}, expected an array of {space}")
@@ -299,3 +305,5 @@ def _check_obs(space: gymnasium.Space[Any], obs: Any, name: str) -> None:
                 "types",
                 f"{name} is {value.dtype} {value.shape}, expected {space.dtype} {space.shape} as its space says",
             )
+        if value.shape[:1] != (num_envs,):
+            raise BrokenRule("types", f"{name} has shape {value.shape}, expected a row for each of {num_envs}")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from metarec_gym.testing.runs import BrokenRule, NotApplicable, Run, Subject, play
-from metarec_gym.testing.trees import array, difference, leaves, picked
+from metarec_gym.testing.trees import array, copied, difference, leaves, picked
 
 LARGE_SEED = 2**64 - 1
 """Some collectors draw 64 random bits for a seed; seed + row is then larger than any 64-bit integer."""
@@ -62,8 +62,9 @@ def check_seeds_differ(subject: Subject) -> None:
 
 def check_large_seeds(subject: Subject) -> None:
     """Any Python integer >= 0 is a seed."""
+    env = subject.env()
     try:
-        subject.env().reset(seed=LARGE_SEED)
+        env.reset(seed=LARGE_SEED)
     except Exception as error:
         raise BrokenRule(
             "large_seeds", f"reset(seed={LARGE_SEED}) raised {error!r}; expected any Python integer >= 0 to be taken"
@@ -73,8 +74,9 @@ def check_large_seeds(subject: Subject) -> None:
 def check_seed_list(subject: Subject) -> None:
     """`reset(seed=[s, s + 1, ...])` is `reset(seed=s)`: one seed a row."""
     mode, seeds = subject.modes[0], [subject.seed + row for row in range(subject.num_envs)]
+    env = subject.env(mode)
     try:
-        subject.env(mode).reset(seed=seeds)  # type: ignore[arg-type]  # VectorEnv's own signature knows no list, Sync does
+        env.reset(seed=seeds)  # type: ignore[arg-type]  # VectorEnv's own signature knows no list, Sync does
     except Exception as error:
         raise BrokenRule("seed_list", f"reset(seed={seeds}) raised {error!r}; expected one seed a row") from error
     run = play(subject.env(mode), mode, subject.actions(), seed=seeds, steps=subject.steps)
@@ -83,6 +85,13 @@ def check_seed_list(subject: Subject) -> None:
             subject,
             "seed_list",
             f"reset(seed={seeds}) is not reset(seed={subject.seed}): {found}; row i is seeded s + i",
+        )
+    backwards, _ = subject.env(mode).reset(seed=seeds[::-1])  # type: ignore[arg-type]
+    if found := difference(picked(copied(backwards), slice(None, None, -1)), subject.run(mode).start[0], "obs"):
+        refuse(
+            subject,
+            "seed_list",
+            f"reset(seed={seeds[::-1]}) is not reset(seed={seeds}) backwards: {found}; expected one seed a row",
         )
 
 

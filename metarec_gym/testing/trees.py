@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ def array(value: Any) -> Array:
 
 def leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Name and value of everything in nested dicts and tuples that is neither, e.g. `("info['user']", array)`."""
-    if isinstance(tree, Mapping):
+    if isinstance(tree, dict):
         for key, value in tree.items():
             yield from leaves(value, f"{name}[{key!r}]")
     elif isinstance(tree, tuple | list):
@@ -34,7 +34,7 @@ def leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def copied(tree: Any) -> Any:
     """The same nesting with numpy copies of every array and tensor; nothing in it changes later."""
-    if isinstance(tree, Mapping):
+    if isinstance(tree, dict):
         return {key: copied(value) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
         return tuple(copied(value) for value in tree)
@@ -49,7 +49,7 @@ def is_array(value: Any) -> bool:
 
 def picked(tree: Any, index: Any) -> Any:
     """`array[index]` of every array of the nesting."""
-    if isinstance(tree, Mapping):
+    if isinstance(tree, dict):
         return {key: picked(value, index) for key, value in tree.items()}
     if isinstance(tree, tuple):
         return tuple(picked(value, index) for value in tree)
@@ -59,7 +59,7 @@ def picked(tree: Any, index: Any) -> Any:
 def stacked(trees: list[Any]) -> Any:
     """Nestings of one form as one, with a first axis more."""
     first = trees[0]
-    if isinstance(first, Mapping):
+    if isinstance(first, dict):
         return {key: stacked([tree[key] for tree in trees]) for key in first}
     if isinstance(first, tuple):
         return tuple(stacked([tree[k] for tree in trees]) for k in range(len(first)))
