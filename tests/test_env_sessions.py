@@ -54,13 +54,12 @@ def play(env, actions, seed=0, options=None):
 
 @pytest.mark.parametrize("mode", ["NextStep", "Disabled"])
 def test_a_step_after_the_end_of_an_episode_in_which_everything_was_taken_is_harmless(tiny_world, mode):
-    """2 requests of 2 items, all taken: there is no place for a fifth item."""
-    env = MetaRecVectorEnv(
-        3, world=tiny_world, horizon=2, session_requests=1, base_rate_factor=1e9, autoreset_mode=mode
-    )
-    record = play(env, random_actions(env, 3))
-    assert [float(step[1].sum()) for step in record] == [6.0, 6.0, 0.0]
-    assert record[1][3].all()
+    """3 requests of 2 items, all taken: there is no place for a seventh item, though the session has one request left."""
+    settings = {"horizon": 3, "session_requests": 2, "base_rate_factor": 1e9}
+    env = MetaRecVectorEnv(3, world=tiny_world, autoreset_mode=mode, **settings)
+    record = play(env, np.full((4, 3), 2))
+    assert [float(step[1].sum()) for step in record] == [6.0, 6.0, 6.0, 0.0]
+    assert record[2][3].all()
 
 
 def test_a_new_session_worked_out_by_hand(tiny_world):

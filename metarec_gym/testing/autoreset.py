@@ -125,9 +125,9 @@ def check_partial_reset(subject: Subject) -> None:
         count = np.full(subject.num_envs, index)
         steps = []
         for which, env in enumerate(envs):
-            out = env.step(actions.of(count, last[which][1]))
-            check_form(env, out, f"step {index}", parts=5)
-            steps.append(copied(out))
+            moved = env.step(actions.of(count, last[which][1]))
+            check_form(env, moved, f"step {index}", parts=5)
+            steps.append(copied(moved))
         last, ended = [(step[0], step[4]) for step in steps], [step[2] | step[3] for step in steps]
         one, two = (picked(step[:4], others) for step in steps)
         if found := difference(one, two, "(obs, reward, terminated, truncated)"):

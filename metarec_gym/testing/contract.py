@@ -68,13 +68,15 @@ def check_vector_env(make: MakeVector, *, skip: Mapping[str, str] | None = None,
 
     Example:
         >>> import gymnasium
-        >>> make = lambda num_envs, mode: gymnasium.make_vec(
-        ...     "CartPole-v1", num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode}
-        ... )
-        >>> faults = {"inputs_kept": "SyncVectorEnv pops reset_mask", "info_dense": "final_obs is an array of objects"}
-        >>> verdict = check_vector_env(make, skip=faults, make_single=lambda: gymnasium.make("CartPole-v1"))
-        >>> verdict["same_transitions"], verdict["inputs_kept"]
-        ('holds', 'left out: SyncVectorEnv pops reset_mask')
+        >>> make = lambda num_envs, mode: gymnasium.make_vec("CartPole-v1", num_envs, vectorization_mode="vector_entry_point")
+        >>> habits = {
+        ...     "mode_attribute": "says its mode in the metadata only",
+        ...     "seed_list": "one generator for all rows",
+        ...     "closing": "close() does not set closed",
+        ... }
+        >>> verdict = check_vector_env(make, modes=(gymnasium.vector.AutoresetMode.NEXT_STEP,), skip=habits)
+        >>> verdict["repeatable"], verdict["seed_list"]
+        ('holds', 'left out: one generator for all rows')
 
     Args:
         make: `make(num_envs, autoreset_mode)` gives a new vector environment each time.
