@@ -52,6 +52,16 @@ def play(env, actions, seed=0, options=None):
     return record
 
 
+@pytest.mark.parametrize("mode", ["NextStep", "Disabled"])
+def test_a_step_after_the_end_of_an_episode_in_which_everything_was_taken_is_harmless(tiny_world, mode):
+    """3 requests of 2 items, all taken: there is no place for a seventh item, though the session has one request left."""
+    settings = {"horizon": 3, "session_requests": 2, "base_rate_factor": 1e9}
+    env = MetaRecVectorEnv(3, world=tiny_world, autoreset_mode=mode, **settings)
+    record = play(env, np.full((4, 3), 2))
+    assert [float(step[1].sum()) for step in record] == [6.0, 6.0, 6.0, 0.0]
+    assert record[2][3].all()
+
+
 def test_a_new_session_worked_out_by_hand(tiny_world):
     """A cold user of type 0 takes everything: sessions of 1 request, a day apart, as the log says nothing of returns."""
     env = MetaRecVectorEnv(

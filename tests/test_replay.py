@@ -1,5 +1,4 @@
 import json
-import warnings
 from pathlib import Path
 
 import gymnasium
@@ -7,8 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
-from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 from experiments import replay
 from metarec_gym.data import InteractionLog, synthetic_log
@@ -146,18 +143,6 @@ def test_what_was_shown_is_no_part_of_the_context():
 
 
 # ---- the environment
-
-
-def test_gymnasium_and_sb3_checkers_pass_without_a_warning():
-    env = ReplayEnv()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        # without an id the checker would warn of that alone
-        env.spec = gymnasium.envs.registration.EnvSpec(
-            "MetaRec/Replay-v0", entry_point="metarec_gym.envs.replay:ReplayEnv"
-        )
-        check_env(env, skip_render_check=True)
-        sb3_check_env(env)
 
 
 def test_a_step_worked_out_by_hand():

@@ -4,6 +4,7 @@ from stable_baselines3.common.monitor import Monitor
 
 from metarec_gym.envs import MetaRecVectorEnv
 from metarec_gym.envs.sb3 import SB3VecEnv
+from metarec_gym.world import World
 
 
 def make(world, n=8, **settings):
@@ -38,6 +39,28 @@ def test_finished_rows_carry_what_sb3_bootstraps_from(leaving_world):
             total[row], length[row] = 0.0, 0
     assert left > 0
     assert cut > 0
+
+
+def test_a_user_who_leaves_at_the_last_request_is_terminated_and_not_truncated_for_sb3():
+    """Gymnasium allows both flags; SB3 would bootstrap from the value of a user who is gone."""
+    world = World.synthetic(
+        n_types=2,
+        users_per_type=4,
+        items_per_type=16,
+        horizon=4,
+        slate_size=2,
+        history_lengths=(0,),
+        leaving=(1e3, 0.0),
+    )
+    batch = MetaRecVectorEnv(3, world=world, horizon=1, autoreset_mode="SameStep")
+    batch.reset(seed=0)
+    _, _, terminated, truncated, _ = batch.step(np.zeros(3, dtype=int))
+    assert (terminated & truncated).all()
+    env = SB3VecEnv(batch)
+    env.reset()
+    _, _, done, infos = env.step(np.zeros(3, dtype=int))
+    assert done.all()
+    assert [info["TimeLimit.truncated"] for info in infos] == [False] * 3
 
 
 def test_seeds_reproduce_a_run_and_are_used_once(leaving_world):

@@ -1,13 +1,9 @@
 import dataclasses
 import json
-import warnings
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
-from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 from metarec_gym.data import synthetic_log
 from metarec_gym.data.dataset import encode
@@ -70,18 +66,6 @@ def model(users, items, bias, mean):
         "bias": torch.tensor(bias)[None],
         "mean": torch.tensor([mean]),
     }
-
-
-def test_gymnasium_and_sb3_checkers_pass_without_a_warning():
-    env = TuneEnv(**SMALL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        # TuneEnv is made without an id here; the checker would warn of that alone
-        env.spec = gymnasium.envs.registration.EnvSpec(
-            "MetaRec/Tune-v0", entry_point="metarec_gym.envs.tune:TuneEnv", kwargs=SMALL
-        )
-        check_env(env, skip_render_check=True)
-        sb3_check_env(env)
 
 
 def test_both_held_out_metrics_worked_out_by_hand():
@@ -383,6 +367,16 @@ def test_the_metric_of_many_runs_is_that_of_each(monkeypatch):
     whole = held_out_ranking(data, models)
     monkeypatch.setattr(tune_training, "_RUNS_AT_ONCE", 3)
     assert torch.equal(whole, held_out_ranking(data, models))
+
+
+def test_a_synthetic_log_of_few_items_leaves_every_user_items_not_taken():
+    """30 items a user is the default; of 20 items each takes half."""
+    data = TrainingData.synthetic(n_users=10, n_items=20)
+    assert data.taken.shape[0] == 10
+    taken = data.taken.sum(dim=1) + torch.bincount(data.held_user, minlength=10)
+    assert taken.tolist() == [10] * 10
+    with pytest.raises(ValueError, match="expected at least 8 users and 16 items"):
+        TrainingData.synthetic(n_users=10, n_items=12)
 
 
 @pytest.mark.gpu

@@ -182,14 +182,6 @@ def test_resetting_one_row_leaves_the_others_untouched(leaving_world):
             assert np.array_equal(x[keep], y[keep])
 
 
-def test_the_callers_options_are_not_changed(tiny_world):
-    env = MetaRecVectorEnv(2, world=tiny_world, autoreset_mode="Disabled")
-    env.reset(seed=0)
-    options = {"reset_mask": np.array([True, False])}
-    env.reset(options=options)
-    assert list(options) == ["reset_mask"]
-
-
 def test_all_three_autoreset_modes_give_the_same_transitions(leaving_world):
     def transitions(mode):
         env = MetaRecVectorEnv(8, world=leaving_world, autoreset_mode=mode)
@@ -288,36 +280,6 @@ def test_returned_arrays_are_never_written_again(leaving_world):
         assert np.array_equal(value, copy)
 
 
-def test_writing_into_returned_arrays_changes_nothing_inside(leaving_world):
-    clean = MetaRecVectorEnv(8, world=leaving_world, autoreset_mode="SameStep")
-    abused = MetaRecVectorEnv(8, world=leaving_world, autoreset_mode="SameStep")
-    clean.reset(seed=0)
-    obs, _ = abused.reset(seed=0)
-    for action in random_actions(clean, 20):
-        obs[:] = 7.0
-        a, b = clean.step(action), abused.step(action)
-        for x, y in zip(a[:4], b[:4], strict=True):
-            assert np.array_equal(x, y)
-        obs = b[0]
-        b[1][:] = -5.0
-        for value in b[4].values():
-            if isinstance(value, np.ndarray):
-                value[...] = 0
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_infos_are_dense_and_paired_with_masks(leaving_world, mode):
-    env = MetaRecVectorEnv(8, world=leaving_world, autoreset_mode=mode)
-    for step in play(env, random_actions(env, 14)):
-        info = step[4]
-        for key in [k for k in info if not k.startswith("_")]:
-            assert info[f"_{key}"].shape == (8,)
-            assert info[f"_{key}"].dtype == bool
-            if not isinstance(info[key], dict):
-                assert info[key].shape[0] == 8
-                assert info[key].dtype != object
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_observations_stay_in_the_box_with_its_dtype(leaving_world, mode):
     env = MetaRecVectorEnv(64, world=leaving_world, autoreset_mode=mode)
@@ -375,11 +337,6 @@ def test_make_vec_takes_the_batched_implementation_and_a_step_limit(tiny_world, 
     record = play(env, random_actions(env, 3))
     assert [bool(step[3].all()) for step in record] == [False, True, False]
     assert "world" in env.spec.to_json()
-
-
-def test_the_mode_of_one_environment_does_not_leak_into_another(tiny_world):
-    MetaRecVectorEnv(1, world=tiny_world, autoreset_mode="SameStep")
-    assert MetaRecVectorEnv(1, world=tiny_world).metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
 
 
 def test_statistics_count_real_requests_only(leaving_world):

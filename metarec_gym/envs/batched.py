@@ -17,6 +17,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from metarec_gym.envs.infos import apart
 from metarec_gym.seeding import fold_in, mix
 
 Mode = Literal["NextStep", "SameStep", "Disabled"]
@@ -234,10 +235,11 @@ class BatchedEnv(VectorEnv[Any, Any, Any]):
             info = {**info, **self._info(self._state, {})}
         elif self.autoreset_mode is AutoresetMode.SAME_STEP and bool(ended.any()):
             self._add(info, "final_obs", self._out(self._observe(self._state)), ended)
-            self._add(info, "final_info", {k: v for k, v in info.items() if not k.endswith("final_obs")}, ended)
+            final = {k: v for k, v in info.items() if not k.endswith("final_obs")}
             self._episode = self._episode + ended
             self._begin(ended, {})
             info = {**info, **self._info(self._state, {})}
+            self._add(info, "final_info", apart(final, info), ended)
         obs = self._observe(self._state)
         return self._out(obs), self._out(reward), self._out(terminated), self._out(truncated), info
 

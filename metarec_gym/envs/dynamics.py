@@ -291,7 +291,9 @@ def advance(
 def _append(buffer: Tensor, count: Tensor, items: Tensor, taken: Tensor) -> Tensor:
     """Writes the taken items behind the first `count` of each row; the last column takes what is not kept."""
     last = buffer.shape[1] - 1
-    place = torch.where(taken, count[:, None] + taken.to(torch.int64).cumsum(dim=1) - 1, last)
+    # rows whose episode is over are served too before they are silenced: a full one has no place left
+    place = (count[:, None] + taken.to(torch.int64).cumsum(dim=1) - 1).clamp(max=last)
+    place = torch.where(taken, place, last)
     written = buffer.scatter(1, place, items.to(buffer.dtype))
     written[:, last] = -1
     return written

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,3 +50,14 @@ def request_facts(
         facts["session_ended"] = served.session_ends.clone()
         facts["away_hours"] = torch.where(served.session_ends, served.away_hours, 0.0)
     return facts
+
+
+def apart(infos: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """`infos` with a copy of whatever `others` holds too: the caller may write into one without changing the other."""
+    return {key: _copied(value) if value is others.get(key) else value for key, value in infos.items()}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return value.clone() if isinstance(value, Tensor) else value.copy()

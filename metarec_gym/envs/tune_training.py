@@ -165,7 +165,16 @@ class TrainingData:
 
     @classmethod
     def synthetic(cls, seed: int = 0, *, n_users: int = 64, n_items: int = 128, events: int = 30) -> TrainingData:
-        """Users with tastes of four dimensions and popular items; nothing is downloaded."""
+        """Users with tastes of four dimensions and popular items; nothing is downloaded.
+
+        Args:
+            seed: Which users and items.
+            n_users: Users.
+            n_items: Items.
+            events: Items that every user took; half of them where there are no more.
+        """
+        # a user who took everything leaves no negatives
+        events = events if events < n_items else n_items // 2
         key = torch.tensor(stream(seed, "tune_synthetic"), dtype=torch.int64)
         taste, content = (
             normal(fold_in(fold_in(key, part), torch.arange(size * 4))).view(size, 4)

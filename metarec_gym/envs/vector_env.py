@@ -18,7 +18,7 @@ from metarec_gym.envs.actions import Plan, next_unshown
 from metarec_gym.envs.config import EnvConfig
 from metarec_gym.envs.dynamics import Served, advance, depth_of, lists_of, plan, serve, silenced, slate_probs
 from metarec_gym.envs.episodes import Episodes, pinned, row_mask, row_seeds, start_rows
-from metarec_gym.envs.infos import request_facts, state_facts
+from metarec_gym.envs.infos import apart, request_facts, state_facts
 from metarec_gym.envs.observation import bounds, feature_slices, observe
 from metarec_gym.envs.sessions import check_ranker, start_sessions
 from metarec_gym.envs.user_state import EnvTables, UserState, choose_rows, fresh_rows, make_tables
@@ -297,15 +297,16 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
             final_obs = self._observe()
             self._add(info, "final_obs", self._out(final_obs), ended)
             final = {k: v for k, v in info.items() if not k.endswith("final_obs")}
-            self._add(info, "final_info", final, ended)
             self._episodes = self._episodes.next(ended)
             self._begin(ended)
             info = self._refresh_info(info)
+            self._add(info, "final_info", apart(final, info), ended)
         return (
             self._out(self._observe()),
-            self._out(served.reward),
-            self._out(terminated),
-            self._out(truncated),
+            # the state keeps these three: a caller who writes `terminated |= ...` must not end an episode here
+            self._out(served.reward.clone()),
+            self._out(terminated.clone()),
+            self._out(truncated.clone()),
             info,
         )
 
