@@ -6,12 +6,16 @@ RUN := $(BIN)/python -m
 STAMP := $(VENV)/.installed
 WORLD := worlds/movielens_100k
 LOG := envs_data/movielens_100k
+OLD_GYM := build/gymnasium-1.2.2
+ENV_TESTS := $(addprefix tests/test_,$(addsuffix .py,testing conformance vector_env single_env sb3_env actions env_settings env_sessions tune replay))
 
-.PHONY: train install test test-slow check format wheel clean help
+.PHONY: train pages install test test-slow test-gymnasium-1.2 check format wheel clean help
 
 help:
 	@echo "make train    MovieLens-100K: log, world, headroom, agents, comparison, report (about 17 minutes on 2 cores)"
 	@echo "make test     the tests"
+	@echo "make pages    a page for every environment that has a name"
+	@echo "make test-gymnasium-1.2   the environments' tests with gymnasium 1.2.2"
 	@echo "make check    ruff, mypy, import-linter"
 	@echo "make wheel    build the wheel and try it in a clean environment"
 
@@ -30,11 +34,18 @@ train: $(STAMP)
 	$(RUN) experiments.headroom --world $(WORLD)
 	$(RUN) experiments.compare --world $(WORLD) --agents all
 
+pages: $(STAMP)
+	$(RUN) experiments.scenario_pages
+
 test: $(STAMP)
 	$(RUN) pytest
 
 test-slow: $(STAMP)
 	$(RUN) pytest -m slow
+
+test-gymnasium-1.2: $(STAMP)
+	test -d $(OLD_GYM)/gymnasium || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD_GYM) gymnasium==1.2.2
+	PYTHONPATH=$(OLD_GYM) $(RUN) pytest $(ENV_TESTS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
