@@ -50,7 +50,8 @@ def make_rows(env_id: str, num_envs: int, *, batched: bool = True, **settings: A
     """`num_envs` users at once: our batch behind one adapter, or SB3's own loop over single environments."""
     if batched:
         return SB3VecEnv(gymnasium.make_vec(env_id, num_envs=num_envs, autoreset_mode="SameStep", **settings))
-    return make_vec_env(env_id, n_envs=num_envs, env_kwargs=settings)
+    # without a render mode it would ask for pictures, and Gymnasium would warn that there are none
+    return make_vec_env(env_id, n_envs=num_envs, env_kwargs={"render_mode": None, **settings})
 
 
 def make_model(task: Task, seed: int, *, num_envs: int = 16, batched: bool = True, **settings: Any) -> BaseAlgorithm:
