@@ -53,7 +53,7 @@ def easy_world() -> World:
 # ------------------------------------------------------------------------------------------ Stable-Baselines3
 @pytest.mark.parametrize(
     ("task", "steps"),
-    [("ppo_select", 960), ("a2c_select", 960), ("dqn_select", 960), ("sac_blend", 640), ("ppo_slots", 960)],
+    [("ppo_select", 640), ("a2c_select", 960), ("dqn_select", 800), ("sac_blend", 640), ("ppo_slots", 960)],
 )
 def test_sb3_learns_from_as_many_requests_as_asked_and_gets_better(easy_world: World, task: Any, steps: int) -> None:
     numbers = sb3_agents.train(task, steps, seed=0, world=easy_world)
@@ -99,7 +99,7 @@ def test_maskable_ppo_never_asks_a_strategy_out_of_service_and_plain_ppo_does(ea
 
     settings: dict[str, Any] = {"outage_rate": 0.2, "unavailable": ("mixed",), "world": easy_world}
     masked = sb3_contrib_agents.train("maskable_ppo", 640, seed=0, **settings)
-    plain = sb3_contrib_agents.train("ppo", 320, seed=0, **settings)
+    plain = sb3_contrib_agents.train("ppo", 160, seed=0, **settings)
     assert masked["transitions"] == 640
     # `mixed` is always out of service, so there is at least one forbidden choice a request
     assert masked["masked_choices"] > 640
@@ -157,13 +157,19 @@ def test_only_a_cut_episode_is_worth_what_its_last_observation_promises() -> Non
 
 
 def test_the_one_file_ppo_counts_every_cut_and_gets_better(easy_world: World) -> None:
-    args = cleanrl_ppo.Args(total_steps=16 * 12 * 8, num_envs=16, num_steps=12)
+    args = cleanrl_ppo.Args(total_steps=16 * 12 * 6, num_envs=16, num_steps=12)
     numbers = cleanrl_ppo.train(args, world=easy_world)
-    assert numbers["transitions"] == 16 * 12 * 8
+    assert numbers["transitions"] == 16 * 12 * 6
     # 12 requests are two episodes of 6 in each row
-    assert numbers["bootstraps"] == 16 * 2 * 8
+    assert numbers["bootstraps"] == 16 * 2 * 6
     assert numbers["reward_last"] > numbers["reward_first"] + 0.3
-    assert cleanrl_ppo.train(args, world=easy_world) == numbers
+
+
+def test_equal_seeds_give_the_one_file_ppo_equal_numbers(easy_world: World) -> None:
+    args = cleanrl_ppo.Args(total_steps=8 * 6 * 2, num_envs=8, num_steps=6)
+    one, two, other = (cleanrl_ppo.train(dataclasses.replace(args, seed=seed), world=easy_world) for seed in (0, 0, 1))
+    assert one == two
+    assert one != other
 
 
 # ------------------------------------------------------------------------------------------ TorchRL
@@ -208,9 +214,9 @@ def test_torchrl_refuses_next_step_resets(torchrl_proof: Any, easy_world: World)
 def test_torchrls_ppo_learns_from_as_many_requests_as_asked_and_gets_better(
     torchrl_proof: Any, easy_world: World
 ) -> None:
-    numbers = torchrl_proof.train(16 * 12 * 6, seed=0, num_envs=16, num_steps=12, world=easy_world)
-    assert numbers["transitions"] == 16 * 12 * 6
-    assert numbers["truncated"] == 16 * 2 * 6
+    numbers = torchrl_proof.train(16 * 12 * 5, seed=0, num_envs=16, num_steps=12, world=easy_world)
+    assert numbers["transitions"] == 16 * 12 * 5
+    assert numbers["truncated"] == 16 * 2 * 5
     assert numbers["reward_last"] > numbers["reward_first"] + 0.3
 
 

@@ -68,7 +68,7 @@ def mean_return(model: BaseAlgorithm, env_id: str, *, episodes: int = 128, seed:
     rows.seed(seed)
     mean, _ = evaluate_policy(model, rows, n_eval_episodes=episodes, deterministic=False)
     assert isinstance(mean, float)
-    return mean
+    return float(mean)
 
 
 def train(

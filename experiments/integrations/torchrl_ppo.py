@@ -69,7 +69,8 @@ def train(
     gae = GAE(gamma=0.9, lmbda=0.95, value_network=critic)
     optimizer = torch.optim.Adam(loss.parameters(), lr=2e-3)
     rows = num_envs * num_steps
-    collector = Collector(env, actor, frames_per_batch=rows, total_frames=-(-steps // rows) * rows)
+    frames = -(-steps // rows) * rows
+    collector = Collector(env, actor, frames_per_batch=rows, total_frames=frames, auto_register_policy_transforms=True)
     rewards, transitions, truncated = [], 0, 0
     for batch in collector:
         rewards.append(float(batch["next", "reward"].mean()))
