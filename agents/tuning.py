@@ -305,7 +305,7 @@ def learn_ppo(env: TuneVectorEnv, budget: int, seed: int) -> Steering:
     from metarec_gym.envs.sb3 import SB3VecEnv
 
     settings = {name: getattr(env.config, name) for name in TuneConfig.__dataclass_fields__}
-    rows = SB3VecEnv(TuneVectorEnv(ROWS, log=env.data, autoreset_mode="SameStep", **settings))  # type: ignore[arg-type]
+    rows = SB3VecEnv(TuneVectorEnv(ROWS, log=env.data, autoreset_mode="SameStep", **settings))
     with isolated_generators():
         model = PPO(
             "MlpPolicy",

@@ -110,13 +110,15 @@ class BatchedEnv(VectorEnv[Any, Any, Any]):
 
         Raises:
             ValueError: When a setting is not one of those.
+            TypeError: When a `render_mode` is given.
         """
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}, expected at least 1")
         if output not in ("numpy", "torch"):
             raise ValueError(f"output is {output!r}, expected 'numpy' or 'torch'")
         if render_mode is not None:
-            raise ValueError(f"render_mode is {render_mode!r}, but there is nothing to render; leave it None")
+            # a TypeError, on which SB3's make_vec_env, which asks everyone for pictures, tries again without
+            raise TypeError(f"render_mode is {render_mode!r}, but there is nothing to render; leave it None")
         self.num_envs = num_envs
         self.device = torch.device(device)
         self.output = output

@@ -89,7 +89,10 @@ class EnvConfig:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
-            raise TypeError(f"an environment has no settings {unknown}; it has {known}")
+            # Python's own wording: TorchRL's GymEnv offers `frameskip` to everyone and reads the answer
+            raise TypeError(
+                f"unexpected keyword argument {unknown[0]!r}: an environment has no settings {unknown}; it has {known}"
+            )
         return cls(**settings)
 
     @property

@@ -145,7 +145,11 @@ class ReplayVectorEnv(BatchedEnv):
             settings["horizon"] = max_episode_steps
         unknown = sorted(set(settings) - set(ReplayConfig.__dataclass_fields__))
         if unknown:
-            raise TypeError(f"Replay has no settings {unknown}; it has {sorted(ReplayConfig.__dataclass_fields__)}")
+            # Python's own wording: TorchRL's GymEnv offers `frameskip` to everyone and reads the answer
+            raise TypeError(
+                f"unexpected keyword argument {unknown[0]!r}: "
+                f"Replay has no settings {unknown}; it has {sorted(ReplayConfig.__dataclass_fields__)}"
+            )
         self.config = config = ReplayConfig(**settings)
         table = resolve_table(log, action=config.action, campaign=config.campaign, reweigh=config.reweigh)
         if config.mode == "rejection" and not table.uniform:

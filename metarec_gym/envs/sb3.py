@@ -6,27 +6,34 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
+from metarec_gym.envs.batched import BatchedEnv
 from metarec_gym.envs.vector_env import MetaRecVectorEnv
 
 
 class SB3VecEnv(VecEnv):
-    """A `MetaRecVectorEnv` as SB3 expects it.
+    """A batch of ours as SB3 expects it: `SB3VecEnv(gymnasium.make_vec(ID, num_envs=256, autoreset_mode="SameStep"))`.
 
     Finished rows carry `terminal_observation`, `TimeLimit.truncated` (SB3 bootstraps from the two) and `episode` (replaces
     Monitor). The other rows share one empty dict: SB3 and its wrappers read infos and copy before they write.
 
     Args:
-        env: A numpy environment in same-step autoreset mode.
+        env: What `gymnasium.make_vec` gives for one of our ids, unwrapped; numpy output, same-step autoreset mode.
 
     Raises:
+        TypeError: When it is not one of our batches.
         ValueError: When the environment has another output or mode: the terminal observation would be lost.
     """
 
-    def __init__(self, env: MetaRecVectorEnv) -> None:
+    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+        if not isinstance(env, MetaRecVectorEnv | BatchedEnv):
+            raise TypeError(
+                f"SB3VecEnv takes a vector environment of ours, got {type(env).__name__}; for wrapped or other ones use "
+                "make_vec_env of stable_baselines3.common.env_util"
+            )
         if env.autoreset_mode is not AutoresetMode.SAME_STEP or env.output != "numpy":
             raise ValueError(
                 f"SB3 needs autoreset_mode='SameStep' and output='numpy', this environment has "
@@ -79,10 +86,6 @@ class SB3VecEnv(VecEnv):
     def close(self) -> None:
         """Closes the batch."""
         self.env.close()
-
-    def action_masks(self) -> NDArray[np.bool_]:
-        """Available strategies, bool (num_envs, K)."""
-        return self.env.action_masks()
 
     def has_attr(self, attr_name: str) -> bool:
         """Whether the environment has the attribute."""

@@ -215,7 +215,11 @@ class TuneVectorEnv(BatchedEnv):
             settings["horizon"] = max_episode_steps
         unknown = sorted(set(settings) - set(TuneConfig.__dataclass_fields__))
         if unknown:
-            raise TypeError(f"Tune has no settings {unknown}; it has {sorted(TuneConfig.__dataclass_fields__)}")
+            # Python's own wording: TorchRL's GymEnv offers `frameskip` to everyone and reads the answer
+            raise TypeError(
+                f"unexpected keyword argument {unknown[0]!r}: "
+                f"Tune has no settings {unknown}; it has {sorted(TuneConfig.__dataclass_fields__)}"
+            )
         self.config = config = TuneConfig(**settings)
         self.data = resolve_training_data(
             log, n_users=config.n_users, n_items=config.n_items, seed=config.data_seed

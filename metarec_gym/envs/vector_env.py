@@ -142,7 +142,7 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
 
         Raises:
             ValueError: When a setting does not fit the world.
-            TypeError: When there is no such setting.
+            TypeError: When there is no such setting, or a `render_mode` is given.
             FileNotFoundError: When `world` names a folder without a world.
         """
         if num_envs < 1:
@@ -150,7 +150,8 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
         if output not in ("numpy", "torch"):
             raise ValueError(f"output is {output!r}, expected 'numpy' or 'torch'")
         if render_mode is not None:
-            raise ValueError(f"render_mode is {render_mode!r}, but there is nothing to render; leave it None")
+            # a TypeError, on which SB3's make_vec_env, which asks everyone for pictures, tries again without
+            raise TypeError(f"render_mode is {render_mode!r}, but there is nothing to render; leave it None")
         self.world = resolve_world(world)
         if max_episode_steps is not None:
             settings["horizon"] = max_episode_steps
