@@ -10,7 +10,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from metarec_gym.evaluation.intervals import Floats
-from metarec_gym.evaluation.off_policy.cross_fitting import Ints, cross_fitted_propensities, cross_fitted_rewards
+from metarec_gym.evaluation.off_policy.cross_fitting import (
+    Ints,
+    cross_fitted_propensities,
+    cross_fitted_rewards,
+)
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,6 +7,7 @@ fitted on the other folds it does not (Chernozhukov et al., "Double/debiased mac
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,30 +44,63 @@ def cluster_folds(cluster: ArrayLike, folds: int, seed: int) -> Ints:
     return np.asarray(of_cluster[number], dtype=np.int64)
 
 
-def design(context: Floats, action: Ints, n_actions: int) -> Floats:
-    """Features of (context, action): the context, the action one-hot, and their products where these stay few.
+def design(context: Floats, choice: Floats) -> Floats:
+    """Features of (context, action), linear in `choice`: so those of a policy are their mean over its actions.
 
     Args:
         context: (n_rows, n_features).
-        action: int64 (n_rows,).
-        n_actions: K.
+        choice: (n_rows, K): one-hot for an action, probabilities for a policy, any difference of such.
 
     Returns:
-        (n_rows, n_features + K) or (n_rows, n_features + K + K * n_features).
+        (n_rows, 1 + n_features + K) or, where these stay few, with the products of choice and context behind.
     """
-    own = np.zeros((len(action), n_actions))
-    own[np.arange(len(action)), action] = 1.0
-    if context.shape[1] * n_actions > MOST_INTERACTIONS:
-        return np.concatenate([context, own], axis=1)
-    products = (own[:, :, None] * context[:, None, :]).reshape(len(action), -1)
-    return np.concatenate([context, own, products], axis=1)
+    total = choice.sum(axis=1, keepdims=True)
+    columns = [total, total * context, choice]
+    if context.shape[1] * choice.shape[1] <= MOST_INTERACTIONS:
+        columns.append((choice[:, :, None] * context[:, None, :]).reshape(len(choice), -1))
+    return np.concatenate(columns, axis=1)
 
 
-def linear_regressor() -> Any:
-    """The reward model unless another is given: ridge regression with a penalty of one row."""
-    from sklearn.linear_model import Ridge
+def one_hot(action: Ints, n_actions: int) -> Floats:
+    """(..., K), float64."""
+    return np.asarray(np.eye(n_actions)[action])
 
-    return Ridge(alpha=1.0)
+
+class RidgeRegressor:
+    """The reward model unless another is given: least squares, a penalty of one row on all columns but the first (constant)."""
+
+    coef: Floats
+    """(n_columns,)."""
+    inverse: Floats
+    """(n_columns, n_columns): inverse of X'X + penalty."""
+
+    def fit(self, features: Floats, target: Floats) -> RidgeRegressor:
+        """Fits (n_rows, n_columns) to (n_rows,); returns self."""
+        penalty = np.eye(features.shape[1])
+        # the constant is free, or the predictions would be pulled to 0; its trace keeps an empty column solvable
+        penalty[0, 0] = 1e-9
+        self.inverse = np.linalg.inv(features.T @ features + penalty)
+        self.coef = self.inverse @ (features.T @ target)
+        return self
+
+    def predict(self, features: Floats) -> Floats:
+        """(n_rows,)."""
+        return np.asarray(features @ self.coef)
+
+
+def fitted(regressor: Any, features: Floats, target: Floats) -> Any:
+    """A scikit-learn regressor's clone, fitted; `RidgeRegressor` if None."""
+    if regressor is None:
+        return RidgeRegressor().fit(features, target)
+    from sklearn.base import clone
+
+    return clone(regressor).fit(features, target)
+
+
+def predicted_by_action(model: Any, context: Floats, n_actions: int) -> Floats:
+    """Predictions for every action, (n_rows, K)."""
+    by_action = [model.predict(design(context, np.tile(row, (len(context), 1)))) for row in np.eye(n_actions)]
+    return np.stack(by_action, axis=1).astype(np.float64)
 
 
 def cross_fitted(
@@ -86,6 +120,55 @@ def cross_fitted(
     return predicted
 
 
+@dataclass(frozen=True, eq=False)
+class RewardModel:
+    """q(x, k): the reward each action is expected to bring in each row's context; each row predicted without its user."""
+
+    q: Floats
+    """(n_rows, K)."""
+    fits: tuple[RidgeRegressor, ...] = ()
+    """One a fold; empty for predictions given or another regressor's, whose own noise no interval then holds."""
+    fold: Ints | None = None
+    """int64 (n_rows,): fold of each row."""
+    context: Floats | None = None
+    """(n_rows, n_features)."""
+    features: Floats | None = None
+    """(n_rows, n_columns): what was fitted on, the `design` of context and logged action."""
+    reward: Floats | None = None
+    """(n_rows,): what was fitted."""
+
+    def fit_influence(self, choice: Floats) -> Floats:
+        """How far each row moves  mean_i sum_k choice_ik q(x_i, k)  by having been in the fit.
+
+        psi_j = sum over folds f that j helped to fit of  (sum_{i in f} z_i)' (X'X + penalty)^-1 x_j (r_j - q_f(x_j)),  z_i the
+        features of choice_i: the usual expansion of a least-squares estimate (White, Econometrica 1980).
+
+        Args:
+            choice: (n_rows, K).
+
+        Returns:
+            (n_rows,), times n_rows, mean 0; zeros where the fit is not known.
+        """
+        moved = np.zeros(len(self.q))
+        if self.fold is None or self.context is None or self.features is None or self.reward is None:
+            return moved
+        for number, model in enumerate(self.fits):
+            held_out = self.fold == number
+            direction = _design_sum(self.context[held_out], choice[held_out]) @ model.inverse
+            learnt = np.where(held_out, 0.0, self.reward - model.predict(self.features))
+            moved += (self.features @ direction) * learnt
+        return np.asarray(moved - moved.mean())
+
+
+def _design_sum(context: Floats, choice: Floats) -> Floats:
+    """`design` summed over the rows, (n_columns,)."""
+    total = choice.sum(axis=1)
+    columns = [total.sum()[None], total @ context, choice.sum(axis=0)]
+    if context.shape[1] * choice.shape[1] <= MOST_INTERACTIONS:
+        columns.append((choice.T @ context).ravel())
+    return np.concatenate(columns)
+
+
 def cross_fitted_rewards(
     context: Floats,
     action: Ints,
@@ -96,8 +179,8 @@ def cross_fitted_rewards(
     regressor: Any = None,
     folds: int = 3,
     seed: int = 0,
-) -> Floats:
-    """q(x, k): the reward each action is expected to bring in each row's context.
+) -> RewardModel:
+    """Fits q(x, k) on what was logged.
 
     Args:
         context: (n_rows, n_features).
@@ -108,24 +191,18 @@ def cross_fitted_rewards(
         regressor: A scikit-learn regressor; it is cloned for each fold. None = ridge regression.
         folds: Folds of users.
         seed: Seed of the folds.
-
-    Returns:
-        (n_rows, K).
     """
-    from sklearn.base import clone
-
-    def fit(rows: NDArray[np.bool_]) -> Callable[[NDArray[np.bool_]], Floats]:
-        model = linear_regressor() if regressor is None else clone(regressor)
-        model.fit(design(context[rows], action[rows], n_actions), reward[rows])
-
-        def predict(held_out: NDArray[np.bool_]) -> Floats:
-            x = context[held_out]
-            by_action = [model.predict(design(x, np.full(len(x), k), n_actions)) for k in range(n_actions)]
-            return np.stack(by_action, axis=1).astype(np.float64)
-
-        return predict
-
-    return cross_fitted(fit, cluster_folds(cluster, folds, seed), (len(action), n_actions))
+    fold = cluster_folds(cluster, folds, seed)
+    features = design(context, one_hot(action, n_actions))
+    q = np.zeros((len(action), n_actions))
+    models = []
+    for number in range(folds):
+        held_out = fold == number
+        models.append(fitted(regressor, features[~held_out], reward[~held_out]))
+        q[held_out] = predicted_by_action(models[-1], context[held_out], n_actions)
+    if regressor is not None:
+        return RewardModel(q)
+    return RewardModel(q, tuple(models), fold, context, features, reward)
 
 
 def cross_fitted_propensities(

@@ -11,6 +11,7 @@ import numpy as np
 from metarec_gym.evaluation.intervals import Floats, Interval
 from metarec_gym.evaluation.off_policy import single_action as single
 from metarec_gym.evaluation.off_policy.bandit_log import BanditLog
+from metarec_gym.evaluation.off_policy.cross_fitting import RewardModel
 from metarec_gym.evaluation.off_policy.diagnostics import Support, support
 from metarec_gym.evaluation.off_policy.intervals import Bounds, bootstrap_interval, difference_interval, t_interval
 from metarec_gym.evaluation.off_policy.terms import Terms
@@ -54,13 +55,13 @@ class PolicyValue:
         }
 
 
-def all_terms(log: BanditLog, probs: Floats, q: Floats) -> dict[str, tuple[Terms, str]]:
+def all_terms(log: BanditLog, probs: Floats, q: Floats | RewardModel) -> dict[str, tuple[Terms, str]]:
     """Terms and chosen setting of every single-action estimator.
 
     Args:
         log: The log; MIPS is there where it names families and knows the chances of all actions.
         probs: (n_rows, K).
-        q: (n_rows, K), cross-fitted.
+        q: The reward model, cross-fitted.
     """
     found = {
         "IPS": (single.ips(log, probs), ""),
@@ -79,14 +80,14 @@ def all_terms(log: BanditLog, probs: Floats, q: Floats) -> dict[str, tuple[Terms
 
 
 def value_policy(
-    log: BanditLog, probs: Floats, q: Floats, *, seed: int = 0, level: float = 0.95, samples: int = 1000
+    log: BanditLog, probs: Floats, q: Floats | RewardModel, *, seed: int = 0, level: float = 0.95, samples: int = 1000
 ) -> list[PolicyValue]:
     """Values a policy by every estimator.
 
     Args:
         log: The log.
         probs: (n_rows, K), see `target_probs`.
-        q: (n_rows, K), `log.reward_model()`.
+        q: `log.reward_model()`.
         seed: Seed of the bootstrap.
         level: Confidence level.
         samples: Bootstrap samples.

@@ -10,12 +10,13 @@ The first two are asymptotic: they believe that the weights' tails have been see
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from metarec_gym.evaluation.intervals import Floats, Interval, mean_interval
 from metarec_gym.evaluation.off_policy.bandit_log import BanditLog
@@ -25,6 +26,8 @@ from metarec_gym.seeding import numpy_rng
 
 CLIPS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 """Clips tried by the empirical Bernstein bounds; fixed beforehand and paid for."""
+MOST_CELLS = 4_000_000
+"""Samples x users resampled at once: 32 MB."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,11 @@ def bootstrap_interval(
     """
     sums = terms.cluster_sums(cluster)
     clusters = len(sums.rows)
-    rng = numpy_rng(seed, "off_policy_bootstrap")
-    counts = rng.multinomial(clusters, np.full(clusters, 1.0 / clusters), size=samples)
-    values, errors = sums.resampled(counts)
+    size = max(1, min(samples, MOST_CELLS // clusters))
+    parts = [
+        sums.resampled(_draws(seed, start, min(size, samples - start), clusters)) for start in range(0, samples, size)
+    ]
+    values, errors = (np.concatenate(part) for part in zip(*parts, strict=True))
     tails = (0.5 - level / 2.0, 0.5 + level / 2.0)
     name = f"{method} bootstrap"
     if method == "percentile":
@@ -120,6 +125,13 @@ def bootstrap_interval(
     usable = np.isfinite(values) & (errors > 0.0)
     below, above = np.quantile((values[usable] - centre.estimate) / errors[usable], tails)
     return Bounds(float(centre.estimate - above * centre.se), float(centre.estimate - below * centre.se), level, name)
+
+
+@functools.lru_cache(maxsize=1)
+def _draws(seed: int, start: int, samples: int, clusters: int) -> NDArray[np.int64]:
+    """How often each user is drawn, (samples, clusters); kept for the next estimator of the same log."""
+    rng = numpy_rng(seed, "off_policy_bootstrap", start)
+    return np.asarray(rng.multinomial(clusters, np.full(clusters, 1.0 / clusters), size=samples))
 
 
 def empirical_bernstein(

@@ -1,4 +1,4 @@
-"""Estimators for sequences of requests, whose earlier choices change later contexts. Notation: request t of T, rho_t = w_1 ... w_t.
+"""Estimators for sequences of requests: earlier choices change later contexts. Notation: request t of T, rho_t = w_1 ... w_t.
 
 Values are expected (discounted) sums of rewards of an episode from the log's start states. Weights multiply along the episode:
 beyond some ten requests of a policy that differs from the logger, what is left is a few episodes, and the effective number
@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metarec_gym.evaluation.intervals import Floats
-from metarec_gym.evaluation.off_policy.cross_fitting import Ints, cluster_folds, cross_fitted, design, linear_regressor
+from metarec_gym.evaluation.off_policy.cross_fitting import (
+    Ints,
+    cluster_folds,
+    cross_fitted,
+    design,
+    fitted,
+    one_hot,
+    predicted_by_action,
+)
 from metarec_gym.evaluation.off_policy.terms import Terms
 
 
@@ -137,9 +145,8 @@ def fitted_q(
     Returns:
         (n_episodes, T, K); 0 where no training episode reached the request.
     """
-    from sklearn.base import clone
-
     episodes, horizon, count = probs.shape
+    logged = one_hot(log.action, count)
 
     def fit(rows: NDArray[np.bool_]) -> Callable[[NDArray[np.bool_]], Floats]:
         models: list[Any] = [None] * horizon
@@ -148,24 +155,21 @@ def fitted_q(
             learn = rows & log.alive[:, t]
             if not learn.any():
                 continue
-            model = linear_regressor() if regressor is None else clone(regressor)
             target = log.reward[learn, t] + discount * value[learn]
-            models[t] = model.fit(design(log.context[learn, t], log.action[learn, t], count), target)
+            models[t] = fitted(regressor, design(log.context[learn, t], logged[learn, t]), target)
+            # where the episode ended before, nothing is left to win
             value = np.zeros(episodes)
-            value[learn] = (probs[learn, t] * predicted(model, log.context[learn, t])).sum(axis=1)
+            value[learn] = (probs[learn, t] * predicted_by_action(models[t], log.context[learn, t], count)).sum(axis=1)
 
         def predict(held_out: NDArray[np.bool_]) -> Floats:
             none = np.zeros((int(held_out.sum()), count))
             by_step = [
-                none if model is None else predicted(model, log.context[held_out, t]) for t, model in enumerate(models)
+                none if model is None else predicted_by_action(model, log.context[held_out, t], count)
+                for t, model in enumerate(models)
             ]
             return np.stack(by_step, axis=1)
 
         return predict
-
-    def predicted(model: Any, context: Floats) -> Floats:
-        by_action = [model.predict(design(context, np.full(len(context), k), count)) for k in range(count)]
-        return np.stack(by_action, axis=1).astype(np.float64)
 
     return cross_fitted(fit, cluster_folds(log.cluster, folds, seed), probs.shape)
 

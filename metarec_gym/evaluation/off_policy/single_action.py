@@ -1,9 +1,9 @@
 """Estimators for one action a request. Notation: pi the policy to value, p the logger, w_i = pi(a_i | x_i) / p(a_i | x_i).
 
 Every function takes a log, the policy's probabilities (n_rows, K) as `target_probs` makes them and, where it predicts, a reward
-model q (n_rows, K) that was not fitted on the row's own user (`BanditLog.reward_model`). All value the mean reward of a request
-on the contexts of the log, and all are biased where p is wrong, where something unlogged moved both the action and the reward,
-and (unless said otherwise) where pi shows what p never showed.
+model q that was not fitted on the row's own user (`BanditLog.reward_model`; or predictions (n_rows, K), taken as certain). All
+value the mean reward of a request on the contexts of the log. All are biased where p is wrong, where something unlogged moved
+both the action and the reward, and (unless said otherwise) where pi shows what p never showed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 
 from metarec_gym.evaluation.intervals import Floats
 from metarec_gym.evaluation.off_policy.bandit_log import BanditLog
+from metarec_gym.evaluation.off_policy.cross_fitting import RewardModel, one_hot
 from metarec_gym.evaluation.off_policy.terms import Terms
 
 
@@ -49,17 +50,16 @@ def snips(log: BanditLog, probs: Floats) -> Terms:
     return Terms.of(weight * log.reward, bottom=weight, weight=weight)
 
 
-def direct_method(log: BanditLog, probs: Floats, q: Floats) -> Terms:
+def direct_method(log: BanditLog, probs: Floats, q: Floats | RewardModel) -> Terms:
     """Direct method: mean of sum_k pi(k | x) q(x, k).
 
     Beygelzimer and Langford (KDD 2009). Biased by whatever the reward model gets wrong, and more rows do not heal that; its
-    interval knows nothing of it.
+    interval holds the noise of the model's fit (of a `RewardModel` by ridge regression), not that bias.
     """
-    predicted = (probs * q).sum(axis=1)
-    return Terms.of(np.zeros(log.n_rows), base=predicted, weight=np.zeros(log.n_rows))
+    return _corrected(log, probs, q, np.zeros(log.n_rows))
 
 
-def doubly_robust(log: BanditLog, probs: Floats, q: Floats, *, clip: float = np.inf) -> Terms:
+def doubly_robust(log: BanditLog, probs: Floats, q: Floats | RewardModel, *, clip: float = np.inf) -> Terms:
     """Doubly robust: mean of sum_k pi(k | x) q(x, k) + min(w, clip) (r - q(x, a)).
 
     Dudik, Langford and Li (ICML 2011). Unbiased for clip = inf if p is right, whatever q is; else off by about (error of p) x
@@ -68,7 +68,7 @@ def doubly_robust(log: BanditLog, probs: Floats, q: Floats, *, clip: float = np.
     return _corrected(log, probs, q, np.minimum(importance_weights(log, probs), clip))
 
 
-def self_normalised_dr(log: BanditLog, probs: Floats, q: Floats) -> Terms:
+def self_normalised_dr(log: BanditLog, probs: Floats, q: Floats | RewardModel) -> Terms:
     """SNDR: mean of sum_k pi(k | x) q(x, k), plus sum of w (r - q(x, a)) over sum of w.
 
     Thomas and Brunskill (ICML 2016, weighted doubly robust with one step). Bias of order 1/n; consistent as DR is.
@@ -77,7 +77,7 @@ def self_normalised_dr(log: BanditLog, probs: Floats, q: Floats) -> Terms:
     return _corrected(log, probs, q, weight, bottom=weight)
 
 
-def switch_dr(log: BanditLog, probs: Floats, q: Floats, *, tau: float) -> Terms:
+def switch_dr(log: BanditLog, probs: Floats, q: Floats | RewardModel, *, tau: float) -> Terms:
     """Switch-DR: DR whose correction counts only where w <= tau.
 
     Wang, Agarwal and Dudik (ICML 2017). Off by -E[1(w > tau) w (r - q)]: what the model gets wrong where weights are large.
@@ -86,7 +86,7 @@ def switch_dr(log: BanditLog, probs: Floats, q: Floats, *, tau: float) -> Terms:
     return _corrected(log, probs, q, np.where(weight <= tau, weight, 0.0))
 
 
-def dr_optimistic_shrinkage(log: BanditLog, probs: Floats, q: Floats, *, shrinkage: float) -> Terms:
+def dr_optimistic_shrinkage(log: BanditLog, probs: Floats, q: Floats | RewardModel, *, shrinkage: float) -> Terms:
     """DRos: DR with weights  lambda w / (w^2 + lambda); lambda = 0 is the direct method, inf is DR.
 
     Su, Dimakopoulou, Krishnamurthy and Dudik (ICML 2020). Off by -E[(w - shrunk w) (r - q)].
@@ -107,7 +107,7 @@ def sub_gaussian_ips(log: BanditLog, probs: Floats, *, smoothing: float) -> Term
     return Terms.of(weight * log.reward, weight=weight)
 
 
-def sub_gaussian_dr(log: BanditLog, probs: Floats, q: Floats, *, smoothing: float) -> Terms:
+def sub_gaussian_dr(log: BanditLog, probs: Floats, q: Floats | RewardModel, *, smoothing: float) -> Terms:
     """SG-DR: DR with the weights of SG-IPS. Metelli, Russo and Restelli (NeurIPS 2021). Off by -E[(w - smoothed w) (r - q)]."""
     return _corrected(log, probs, q, _smoothed(importance_weights(log, probs), smoothing))
 
@@ -146,9 +146,15 @@ def _smoothed(weight: Floats, smoothing: float) -> Floats:
     return np.divide(weight, 1.0 - smoothing + smoothing * weight, out=np.zeros_like(weight), where=weight > 0.0)
 
 
-def _corrected(log: BanditLog, probs: Floats, q: Floats, weight: Floats, *, bottom: Floats | None = None) -> Terms:
+def _corrected(
+    log: BanditLog, probs: Floats, q: Floats | RewardModel, weight: Floats, *, bottom: Floats | None = None
+) -> Terms:
     """Mean prediction under the policy plus weighted residuals of what was logged."""
-    if q.shape != probs.shape:
-        raise ValueError(f"the reward model's predictions have shape {q.shape}, expected {probs.shape}")
-    residual = log.reward - q[np.arange(log.n_rows), log.action]
-    return Terms.of(weight * residual, base=(probs * q).sum(axis=1), bottom=bottom, weight=weight)
+    model = q if isinstance(q, RewardModel) else RewardModel(q)
+    if model.q.shape != probs.shape:
+        raise ValueError(f"the reward model's predictions have shape {model.q.shape}, expected {probs.shape}")
+    residual = log.reward - model.q[np.arange(log.n_rows), log.action]
+    share = weight if bottom is None else weight / bottom.mean()
+    # with weights that are not cut the two cancel, and the model's own noise with them: that is what makes DR robust
+    noise = model.fit_influence(probs - share[:, None] * one_hot(log.action, log.n_actions))
+    return Terms.of(weight * residual, base=(probs * model.q).sum(axis=1) + noise, bottom=bottom, weight=weight)

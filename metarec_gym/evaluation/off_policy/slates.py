@@ -16,7 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metarec_gym.evaluation.intervals import Floats
-from metarec_gym.evaluation.off_policy.cross_fitting import Ints, cluster_folds, cross_fitted, design, linear_regressor
+from metarec_gym.evaluation.off_policy.cross_fitting import (
+    Ints,
+    cluster_folds,
+    cross_fitted,
+    design,
+    fitted,
+    one_hot,
+    predicted_by_action,
+)
 from metarec_gym.evaluation.off_policy.terms import Terms
 
 
@@ -133,31 +141,26 @@ def cascade_rewards(
     Returns:
         (n_slates, L, K).
     """
-    from sklearn.base import clone
-
     slates, places, count = next_item.shape
-    shown = np.eye(count)[log.action]
+    shown = one_hot(log.action, count)
     above = np.cumsum(shown, axis=1) - shown
+
+    def context(place: int, rows: NDArray[np.bool_]) -> Floats:
+        return np.concatenate([log.context[rows], above[rows, place]], axis=1)
 
     def fit(rows: NDArray[np.bool_]) -> Callable[[NDArray[np.bool_]], Floats]:
         models: list[Any] = [None] * places
         rest = np.zeros(int(rows.sum()))
         for place in range(places - 1, -1, -1):
-            features = np.concatenate([log.context, above[:, place]], axis=1)
-            model = linear_regressor() if regressor is None else clone(regressor)
-            models[place] = model.fit(
-                design(features[rows], log.action[rows, place], count), log.reward[rows, place] + rest
-            )
-            rest = (next_item[rows, place] * predicted(model, features[rows])).sum(axis=1)
+            features = context(place, rows)
+            target = log.reward[rows, place] + rest
+            models[place] = fitted(regressor, design(features, shown[rows, place]), target)
+            rest = (next_item[rows, place] * predicted_by_action(models[place], features, count)).sum(axis=1)
 
         def predict(held_out: NDArray[np.bool_]) -> Floats:
-            parts = [np.concatenate([log.context, above[:, place]], axis=1)[held_out] for place in range(places)]
-            return np.stack([predicted(models[place], parts[place]) for place in range(places)], axis=1)
+            by_place = [predicted_by_action(m, context(place, held_out), count) for place, m in enumerate(models)]
+            return np.stack(by_place, axis=1)
 
         return predict
-
-    def predicted(model: Any, features: Floats) -> Floats:
-        by_item = [model.predict(design(features, np.full(len(features), k), count)) for k in range(count)]
-        return np.stack(by_item, axis=1).astype(np.float64)
 
     return cross_fitted(fit, cluster_folds(log.cluster, folds, seed), (slates, places, count))
