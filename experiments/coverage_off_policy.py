@@ -2,9 +2,9 @@
 
     python -m experiments.coverage --part off_policy
 
-Heavy users are of another type than light ones, so the size of a user's cluster tells of rewards; a user's requests share the
-user's own taste. The policy valued prefers other actions than the logger (weights up to 20). Three settings: one action a request,
-slates, sequences.
+Heavy users are of another type than light ones, so the size of a user's cluster tells of rewards; a user's requests share
+the user's own taste. The policy valued prefers other actions than the logger (weights up to 20). Three settings: one action a
+request, slates, sequences.
 """
 
 from __future__ import annotations
@@ -287,8 +287,8 @@ def measure(
         samples: Bootstrap samples, in one of `BOOTSTRAP_SHARE` repetitions; 0 = none.
 
     Returns:
-        For each estimator: bias, root mean squared error, standard deviation, half width and coverage of the t interval, coverage of
-        both bootstraps (NaN without).
+        For each estimator: bias, root mean squared error, standard deviation, half width and coverage of the t interval,
+        coverage of both bootstraps (NaN without).
     """
     setting = SETTINGS[name]
     errors: dict[str, list[tuple[float, float, bool]]] = {}
@@ -379,9 +379,10 @@ def as_markdown(
         "",
         "`python -m experiments.coverage --part off_policy`: " + facts,
         "",
-        f"Logs of {USERS} users with a known truth; 95 % intervals over users. Monte Carlo error of a coverage of 95 %: +-1.0 points at "
-        "2,000 logs, +-1.9 at 500 (two standard errors). *No promise*: an estimator that clips, tunes, models or assumes what is not so; its "
-        "interval is about where it converges to, not about the truth, and what it covers here is luck of this setting.",
+        f"Logs of {USERS} users with a known truth; 95 % intervals over users. Monte Carlo error of a coverage of 95 %: "
+        "+-1.0 points at 2,000 logs, +-1.9 at 500 (two standard errors; bootstraps run on one log in four). *No promise*: an "
+        "estimator that clips, tunes, models or assumes what is not so; its interval is about where it converges to, not about "
+        "the truth, and what it covers here is luck of this setting.",
         "",
     ]
     for name, table in tables.items():

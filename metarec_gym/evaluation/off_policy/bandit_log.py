@@ -224,7 +224,7 @@ class BanditLog:
                 pscore = np.tile(fixed / fixed.sum(), (len(chosen), 1))
                 propensity = None
         if families is not None:
-            unknown = sorted(set(names) - set(families))
+            unknown = sorted(set(names.tolist()) - set(families))
             if unknown:
                 raise ValueError(f"no family is named for the strategies {unknown}; name one for each")
         return cls.from_arrays(

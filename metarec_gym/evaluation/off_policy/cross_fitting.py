@@ -99,8 +99,14 @@ def fitted(regressor: Any, features: Floats, target: Floats) -> Any:
 
 def predicted_by_action(model: Any, context: Floats, n_actions: int) -> Floats:
     """Predictions for every action, (n_rows, K)."""
-    by_action = [model.predict(design(context, np.tile(row, (len(context), 1)))) for row in np.eye(n_actions)]
-    return np.stack(by_action, axis=1).astype(np.float64)
+    if not isinstance(model, RidgeRegressor):
+        by_action = [model.predict(design(context, np.tile(row, (len(context), 1)))) for row in np.eye(n_actions)]
+        return np.stack(by_action, axis=1).astype(np.float64)
+    # the same for a model that is linear in the design: constant, context, action, their products
+    n_features = context.shape[1]
+    own, by_context, by_choice, products = np.split(model.coef, np.cumsum([1, n_features, n_actions]))
+    slopes = by_context[:, None] + products.reshape(n_actions, n_features).T if len(products) else by_context[:, None]
+    return np.asarray(own + by_choice + context @ slopes)
 
 
 def cross_fitted(

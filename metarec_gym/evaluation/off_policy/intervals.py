@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from metarec_gym.evaluation.intervals import Floats, Interval, mean_interval
 from metarec_gym.evaluation.off_policy.bandit_log import BanditLog
@@ -127,11 +127,12 @@ def bootstrap_interval(
     return Bounds(float(centre.estimate - above * centre.se), float(centre.estimate - below * centre.se), level, name)
 
 
-@functools.lru_cache(maxsize=1)
-def _draws(seed: int, start: int, samples: int, clusters: int) -> NDArray[np.int64]:
+@functools.lru_cache(maxsize=4)
+def _draws(seed: int, start: int, samples: int, clusters: int) -> Floats:
     """How often each user is drawn, (samples, clusters); kept for the next estimator of the same log."""
-    rng = numpy_rng(seed, "off_policy_bootstrap", start)
-    return np.asarray(rng.multinomial(clusters, np.full(clusters, 1.0 / clusters), size=samples))
+    drawn = numpy_rng(seed, "off_policy_bootstrap", start).integers(clusters, size=(samples, clusters))
+    flat = drawn + clusters * np.arange(samples)[:, None]
+    return np.bincount(flat.ravel(), minlength=samples * clusters).reshape(samples, clusters).astype(np.float64)
 
 
 def empirical_bernstein(

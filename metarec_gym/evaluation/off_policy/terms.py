@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from metarec_gym.evaluation.intervals import Floats
 
@@ -83,26 +83,25 @@ class ClusterSums:
     bottom: Floats
     """(n_clusters, J)."""
 
-    def resampled(self, counts: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    def resampled(self, times: Floats) -> tuple[Floats, Floats]:
         """Estimates and standard errors where each cluster counts as often as given.
 
         Args:
-            counts: int64 (n_samples, n_clusters).
+            times: (n_samples, n_clusters), whole numbers.
 
         Returns:
             Values and linearised standard errors, both (n_samples,); NaN where no row of a sample matches the policy.
         """
-        times = counts.astype(np.float64)
-        rows = times @ self.rows
-        mean_base = times @ self.base / rows
-        bottom = times @ self.bottom
+        count = self.top.shape[1]
+        sums = np.column_stack([self.rows, self.base, self.top, self.bottom])
+        pairs = (sums[:, :, None] * sums[:, None, :]).reshape(len(sums), -1)
+        totals = times @ sums
+        rows, base, top, bottom = totals[:, 0], totals[:, 1], totals[:, 2 : 2 + count], totals[:, 2 + count :]
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = times @ self.top / bottom
-            share = rows[:, None] / bottom
-        values = mean_base + ratio.sum(axis=1)
-        # psi_c of every sample: linear in the cluster's sums, so one product of matrices for all samples
-        psi = self.base[None, :] - mean_base[:, None] * self.rows[None, :]
-        psi += share @ self.top.T - (share * ratio) @ self.bottom.T
-        clusters = counts.shape[1]
-        squares = (times * psi**2).sum(axis=1) * clusters / (clusters - 1)
-        return values, np.sqrt(squares) / rows
+            ratio, share = top / bottom, rows[:, None] / bottom
+        mean_base = base / rows
+        # psi of a cluster is linear in its sums, so their squares summed are a quadratic form in the summed pairs
+        psi = np.column_stack([-mean_base, np.ones(len(times)), share, -share * ratio])
+        squares = np.einsum("sij,si,sj->s", (times @ pairs).reshape(len(times), *2 * [sums.shape[1]]), psi, psi)
+        clusters = times.shape[1]
+        return mean_base + ratio.sum(axis=1), np.sqrt(np.maximum(squares, 0.0) * clusters / (clusters - 1)) / rows
