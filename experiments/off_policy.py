@@ -290,26 +290,27 @@ def value_production(source: InteractionLog, args: Args, folder: Path) -> dict[s
 
 
 def estimator_lines(values: Mapping[str, Sequence[PolicyValue]]) -> list[str]:
-    """A Markdown table of every estimator and policy."""
+    """A Markdown table of every estimator and policy, and what its notes say."""
     lines = [
         "| policy | estimator | value (t) | studentised bootstrap | less the log's own | effective rows | largest weight (share) "
         "| notes |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    notes: dict[str, int] = {}
     for policy, rows in values.items():
         for value in rows:
-            rests = value.support
-            held = (
-                "| | "
-                if rests is None
-                else f"| {rests.effective_rows:,.0f} | {rests.largest_weight:.2f} ({rests.largest_share:.1%}) "
-            )
-            name = f"{value.estimator} ({value.setting})" if value.setting else value.estimator
+            rests, name = value.support, value.estimator
+            held = "| | "
+            if rests is not None:
+                held = (
+                    f"| {rests.effective_rows:,.0f} | {rests.largest_weight:.2f} ({100 * rests.largest_share:.1f} %) "
+                )
+            numbers = [str(notes.setdefault(warning, len(notes) + 1)) for warning in value.warnings]
             lines.append(
-                f"| {policy} | {name} | {value.interval.as_number(4)} | {value.bootstrap.as_number()} "
-                f"| {value.less_logged.as_number(4)} {held}| {'; '.join(value.warnings)} |"
+                f"| {policy} | {f'{name} ({value.setting})' if value.setting else name} | {value.interval.as_number(4)} "
+                f"| {value.bootstrap.as_number()} | {value.less_logged.as_number(4)} {held}| {', '.join(numbers)} |"
             )
-    return lines
+    return [*lines, "", *(f"{number}. {note}." for note, number in notes.items())]
 
 
 # ---- Open Bandit

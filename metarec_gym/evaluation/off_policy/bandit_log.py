@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from metarec_gym.evaluation.intervals import Floats
 from metarec_gym.evaluation.off_policy.cross_fitting import (
     Ints,
+    RewardModel,
     cross_fitted_propensities,
     cross_fitted_rewards,
 )
@@ -268,12 +269,8 @@ class BanditLog:
             name=table.name,
         )
 
-    def with_families(self, families: Sequence[str]) -> BanditLog:
-        """The same log with a family for each action."""
-        return replace(self, families=tuple(families))
-
-    def reward_model(self, *, regressor: Any = None, folds: int = 3, seed: int = 0) -> Floats:
-        """Q (n_rows, K), cross-fitted by user; arguments as in `cross_fitted_rewards`."""
+    def reward_model(self, *, regressor: Any = None, folds: int = 3, seed: int = 0) -> RewardModel:
+        """Rewards predicted for every action, cross-fitted by user; arguments as in `cross_fitted_rewards`."""
         return cross_fitted_rewards(
             self.context,
             self.action,

@@ -77,9 +77,9 @@ class RidgeRegressor:
     def fit(self, features: Floats, target: Floats) -> RidgeRegressor:
         """Fits (n_rows, n_columns) to (n_rows,); returns self."""
         penalty = np.eye(features.shape[1])
-        # the constant is free, or the predictions would be pulled to 0; its trace keeps an empty column solvable
+        # the constant is free, or the predictions would be pulled to 0; this little keeps a fold without rows solvable
         penalty[0, 0] = 1e-9
-        self.inverse = np.linalg.inv(features.T @ features + penalty)
+        self.inverse = np.asarray(np.linalg.inv(features.T @ features + penalty), dtype=np.float64)
         self.coef = self.inverse @ (features.T @ target)
         return self
 

@@ -22,6 +22,9 @@ HEADLINE = "DR"
 MODEL_ONLY = "DM"
 """The estimator that rests on the reward model alone."""
 
+UNCUT = {"IPS clipped": "=inf", "Switch-DR": "=inf", "DRos": "=inf", "SG-DR": "=0"}
+"""Settings that leave all weights as they are."""
+
 
 @dataclass(frozen=True)
 class PolicyValue:
@@ -102,8 +105,10 @@ def value_policy(
         notes = list(log.warnings)
         rests_on = None
         if name == MODEL_ONLY:
-            notes.append("the interval does not hold the model's error")
+            notes.append("rests on the reward model alone: the interval holds its noise, not its bias")
         else:
+            if setting and not setting.endswith(UNCUT[name]):
+                notes.append("biased by the weights that its setting cuts; the interval does not hold that")
             # what SLOPE cut away still tells how little of the log the policy matches
             notes += support(terms.weight).warnings() if name == "MIPS" else raw.warnings()
             rests_on = support(terms.weight) if terms.weight.any() else None
