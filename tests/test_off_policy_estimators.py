@@ -7,6 +7,7 @@ import pytest
 
 from metarec_gym.evaluation.off_policy import single_action as single
 from metarec_gym.evaluation.off_policy.bandit_log import BanditLog
+from metarec_gym.evaluation.off_policy.evaluation import value_policy
 from metarec_gym.evaluation.off_policy.sequences import (
     EpisodeLog,
     fitted_q,
@@ -120,7 +121,7 @@ def test_self_normalised_estimates_worked_out_by_hand():
 def test_a_policy_that_no_row_matches_is_refused():
     log = BanditLog.from_arrays([0, 0], [1.0, 0.0], propensity=[0.5, 0.5], actions=["a", "b"])
     with pytest.raises(ValueError, match="no row of the log matches"):
-        single.snips(log, np.tile([0.0, 1.0], (2, 1)))
+        value_policy(log, np.tile([0.0, 1.0], (2, 1)), np.zeros((2, 2)))
 
 
 # ---- slates: 2 places, 2 items; the reward of the second place may depend on the first

@@ -97,11 +97,15 @@ def value_policy(
 
     Returns:
         One answer an estimator.
+
+    Raises:
+        ValueError: When no row of the log matches the policy.
     """
     logged = single.logged_value(log)
+    estimates = all_terms(log, probs, q)
     raw = support(single.importance_weights(log, probs))
     values = []
-    for name, (terms, setting) in all_terms(log, probs, q).items():
+    for name, (terms, setting) in estimates.items():
         notes = list(log.warnings)
         rests_on = None
         if name == MODEL_ONLY:

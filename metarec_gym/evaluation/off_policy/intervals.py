@@ -96,8 +96,8 @@ def bootstrap_interval(
     """Bootstrap over users.
 
     Percentile: quantiles of the resampled estimates. Studentised: V - q se with q the quantiles of (V* - V) / se*, which follows
-    the skewness of weighted rewards to second order (Efron and Tibshirani 1993, chapter 12). Models and tuning are not
-    refitted: an estimate with a cross-fitted model keeps its predictions.
+    the skewness of weighted rewards to second order (Efron and Tibshirani 1993, chapter 12). Models are not
+    refitted: the first-order noise of their fits is among the terms (`RewardModel.fit_influence`). Tuning is not repeated.
 
     Args:
         terms: The estimate.
