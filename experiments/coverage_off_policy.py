@@ -382,7 +382,8 @@ def as_markdown(
         f"Logs of {USERS} users with a known truth; 95 % intervals over users. Monte Carlo error of a coverage of 95 %: "
         "+-1.0 points at 2,000 logs, +-1.9 at 500 (two standard errors; bootstraps run on one log in four). *No promise*: an "
         "estimator that clips, tunes, models or assumes what is not so; its interval is about where it converges to, not about "
-        "the truth, and what it covers here is luck of this setting.",
+        "the truth, and what it covers here is luck of this setting. Estimated propensities are taken as known, which makes the "
+        "intervals of IPS too wide (Hirano, Imbens and Ridder, Econometrica 2003).",
         "",
     ]
     for name, table in tables.items():

@@ -217,27 +217,29 @@ def test_choosing_policies_by_estimates_worked_out_by_hand():
         sharpe_ratio_at_k(estimates, truths, 0.2, 1)
 
 
-PROMISED = [(name, setting.biased) for name, setting in coverage.SETTINGS.items()]
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["single", "mips", "slates", "sequences"])
+def test_95_percent_intervals_cover_93_to_97_percent(name):
+    for estimator, row in coverage.measure(name, 2000, seed=0).items():
+        assert estimator in coverage.SETTINGS[name].biased or 0.93 <= row["t"] <= 0.97, estimator
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "biased"), PROMISED)
-def test_95_percent_intervals_cover_93_to_97_percent(name, biased):
-    for estimator, row in coverage.measure(name, 2000 // coverage.SETTINGS[name].share, seed=1).items():
-        # 500 logs: two standard errors are 2 points
-        slack = 0.0 if row["repetitions"] >= 2000 else 0.02
-        assert estimator in biased or 0.93 - slack <= row["t"] <= 0.97 + slack, estimator
+def test_with_estimated_propensities_intervals_are_not_too_short():
+    found = coverage.measure("estimated", 500, seed=0)
+    # two standard errors of 500 logs below 95 %; IPS is on the wide side, see the page of results
+    assert {estimator: row["t"] >= 0.93 for estimator, row in found.items()} == dict.fromkeys(found, True)
 
 
 @pytest.mark.slow
 def test_bernstein_bounds_cover_at_least_94_percent():
-    assert coverage.measure_bernstein(2000, 1, 300)["t"] >= 0.94
-    assert coverage.measure_bernstein(200, 1, 10_000)["t"] >= 0.94
+    assert coverage.measure_bernstein(2000, 0, 300)["t"] >= 0.94
+    assert coverage.measure_bernstein(50, 0, 30_000)["t"] >= 0.94
 
 
 @pytest.mark.slow
 def test_the_error_falls_with_the_number_of_users():
-    few, many = (coverage.measure("single", 100, 1, users) for users in (100, 1600))
+    few, many = (coverage.measure("single", 100, 0, users) for users in (100, 1600))
     for estimator in ("IPS", "SNIPS", "DR", "SNDR"):
         # 16 times the users: a quarter of the error, give or take the noise of 100 logs
         assert many[estimator]["rmse"] < 0.4 * few[estimator]["rmse"], estimator

@@ -5,7 +5,8 @@
     empirical_bernstein   valid for every number of users and any weights; wide
 
 The first two are asymptotic: they believe that the weights' tails have been seen. Where few rows carry the estimate (see
-`diagnostics`) they are too short, whatever their nominal level; the third is not.
+`diagnostics`) they are too short, whatever their nominal level; the third is not. What they covered in simulation:
+`experiments/results/coverage_off_policy.md`.
 """
 
 from __future__ import annotations
