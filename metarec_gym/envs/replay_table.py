@@ -130,7 +130,7 @@ class ReplayTable:
             codes, names = _coded(frame[f"{action}_id" if action == "item" else action].to_numpy())
             logged, weight = codes, _own_weights(codes, len(names), chance)
         reward = frame[list(log.outcomes)].to_numpy(dtype=np.float64) @ np.array(log.outcome_weights)
-        context = _user_context(log)
+        context = user_context(log)
         return cls._make(log.name, names, context, reward, weight, logged, _coded(frame["user_id"].to_numpy())[0])
 
     @classmethod
@@ -413,7 +413,7 @@ def _hour(time_s: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     return {"hour_sin": np.sin(angle), "hour_cos": np.cos(angle)}
 
 
-def _user_context(log: InteractionLog) -> dict[str, NDArray[np.float64]]:
+def user_context(log: InteractionLog) -> dict[str, NDArray[np.float64]]:
     """What the log knew of the user before each row: how many rows, how good, how long ago, the hour, the user table."""
     frame = log.frame
     gate = frame[log.outcomes[0]].to_numpy(dtype=np.float64)

@@ -13,6 +13,7 @@ in 93-97 % of cases; where nearly all variance is in the rest they err on the wi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -182,6 +183,7 @@ def _variance_of_mean(z: Floats) -> tuple[float, float]:
     return variance, max(variance**2 / spread, float(min(seeds, users) - 1)) if spread > 0.0 else float(seeds - 1)
 
 
+@functools.lru_cache(maxsize=4096)
 def _t_quantile(level: float, df: float) -> float:
     from scipy import stats
 
