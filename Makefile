@@ -9,13 +9,15 @@ LOG := envs_data/movielens_100k
 OLD_GYM := build/gymnasium-1.2.2
 ENV_TESTS := $(addprefix tests/test_,$(addsuffix .py,testing conformance vector_env single_env sb3_env actions env_settings env_sessions tune replay))
 
-.PHONY: train pages install test test-slow test-gymnasium-1.2 check format wheel clean help
+.PHONY: train pages install test test-slow test-gymnasium-1.2 integrations coverage check format wheel clean help
 
 help:
 	@echo "make train    MovieLens-100K: log, world, headroom, agents, comparison, report (about 17 minutes on 2 cores)"
 	@echo "make test     the tests"
 	@echo "make pages    a page for every environment that has a name"
 	@echo "make test-gymnasium-1.2   the environments' tests with gymnasium 1.2.2"
+	@echo "make integrations   trains in RLlib and Tianshou, each in an environment of its own"
+	@echo "make coverage how often the intervals hold the truth"
 	@echo "make check    ruff, mypy, import-linter"
 	@echo "make wheel    build the wheel and try it in a clean environment"
 
@@ -23,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else f"{sys.executable} is Python {v}; 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev,ab,explain,integrations,llm,recommenders,tune]'
 	@touch $(STAMP)
 
 install: $(STAMP)
@@ -46,6 +48,14 @@ test-slow: $(STAMP)
 test-gymnasium-1.2: $(STAMP)
 	test -d $(OLD_GYM)/gymnasium || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD_GYM) gymnasium==1.2.2
 	PYTHONPATH=$(OLD_GYM) $(RUN) pytest $(ENV_TESTS)
+
+integrations: $(STAMP)
+	$(RUN) experiments.integrations.make_environment rllib
+	$(RUN) experiments.integrations.make_environment tianshou
+	$(RUN) pytest -m slow tests/test_integrations.py
+
+coverage: $(STAMP)
+	$(RUN) experiments.coverage --part off_policy
 
 check: $(STAMP)
 	$(BIN)/ruff check .
