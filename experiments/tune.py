@@ -9,13 +9,13 @@ the same for all. Unit of the intervals: the initialisation, and the method's se
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.run_folder import RunFolder, code_hash, jsonable
+from experiments.run_folder import RunFolder, code_hash, command_line, jsonable, versions, write_atomic
 
 if TYPE_CHECKING:
     from metarec_gym.evaluation.intervals import Interval
@@ -108,7 +108,49 @@ def run(args: Args) -> dict[str, Any]:
     rows = {str(log): _table(str(log), methods, found, args) for log in args.logs}
     summary = RunFolder(args.folder, "tune", {"args": args, "methods": methods, "code": code_hash(TUNE_CODE)})
     summary.begin(args)
+    write_atomic(summary.path / "tune.md", markdown(rows, args))
     return summary.finish({"logs": rows})
+
+
+def markdown(logs: Mapping[str, Mapping[str, Any]], args: Args) -> str:
+    """The tables as a page, with a sentence a log on whether steering beat the usual schedules.
+
+    Args:
+        logs: Rows of each log by method, as the result has them: `gain` and `less_<reference>`, intervals as JSON.
+        args: The command line.
+    """
+
+    def cell(row: Mapping[str, float] | None) -> str:
+        return "" if row is None else f"{row['estimate']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+
+    lines = [
+        "# Steering a recommender's training",
+        "",
+        f"Gain of the held-out metric ({args.metric}) over a run of {args.horizon} steps, {args.runs} held-out initialisations, "
+        f"{args.seeds} seeds of each method that searches or learns, {args.budget} training runs each; 95 % intervals.",
+        f"Command: `{command_line()}`. Versions: " + ", ".join(f"{k} {v}" for k, v in sorted(versions().items())) + ".",
+    ]
+    usual = ("constant_default", "cosine_default")
+    for log, rows in logs.items():
+        references = [name for name in (*usual, "search_cosine") if name in rows]
+        head = ["method", "gain", *(f"less {name}" for name in references)]
+        lines += ["", f"## {Path(log).name}", "", _line(head), _line(["---"] * len(head))]
+        lines += [
+            _line([name, cell(row["gain"]), *(cell(row.get(f"less_{other}")) for other in references)])
+            for name, row in rows.items()
+        ]
+        beaten = [
+            name
+            for name, row in rows.items()
+            if all(f"less_{other}" in row and row[f"less_{other}"]["low"] > 0 for other in usual)
+        ]
+        surely = "Surely better than both usual schedules: " + ", ".join(beaten) + "."
+        lines += ["", surely if beaten else "Nothing surely beats both usual schedules."]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _played(missing: list[tuple[Any, RunFolder]], workers: int) -> Iterator[tuple[Any, RunFolder, dict[str, Any]]]:

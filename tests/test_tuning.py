@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,3 +129,26 @@ def test_the_comparison_plays_every_method_once_and_finds_finished_runs_again(tm
     assert "3/3" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="there are no methods"):
         tune.run(dataclasses.replace(args, methods=("guess",)))
+    (page,) = args.folder.glob("tune_*/tune.md")
+    text = page.read_text()
+    for log, rows in first["logs"].items():
+        assert f"## {Path(log).name}" in text
+        for name, row in rows.items():
+            assert f"| {name} | {row['gain']['estimate']:+.4f} [" in text
+
+
+def test_the_page_names_only_methods_that_surely_beat_both_usual_schedules():
+    def gain(low, high):
+        return {"estimate": (low + high) / 2, "low": low, "high": high}
+
+    less = [f"less_{name}" for name in ("constant_default", "cosine_default")]
+    rows = {
+        "constant_default": {"gain": gain(0, 1)},
+        "cosine_default": {"gain": gain(0, 1)},
+        "sure": {"gain": gain(0, 1), **dict.fromkeys(less, gain(0.1, 0.2))},
+        "open": {"gain": gain(0, 1), less[0]: gain(0.1, 0.2), less[1]: gain(-0.1, 0.2)},
+    }
+    text = tune.markdown({"logs/shop": rows}, tune.Args())
+    assert "Surely better than both usual schedules: sure." in text
+    del rows["sure"]
+    assert "Nothing surely beats both usual schedules." in tune.markdown({"logs/shop": rows}, tune.Args())
