@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from metarec_gym.evaluation.ab_test.playing import Visitors
     from metarec_gym.evaluation.ab_test.table import Metric
+    from metarec_gym.evaluation.online import OnlineResult
     from metarec_gym.evaluation.rollout import Player
     from metarec_gym.evaluation.tasks import Arrays, Task
     from metarec_gym.world import World
@@ -29,6 +30,8 @@ CODE = (
     "experiments/ab_test.py",
     "experiments/ab_world.py",
 )
+ADAPTIVE_BATCH = 200
+"""Visitors of a policy between two looks of the adaptive allocation."""
 CHUNK = 1024
 """Visitors of one task: a kill loses a few seconds of work."""
 
@@ -73,7 +76,7 @@ class Args:
     """Compare each policy with the control inside one slate, too."""
     adaptive: bool = False
     """Ask also how many users adaptive allocation needs to name the best policy, on fresh visitors."""
-    adaptive_users: int = 20_000
+    adaptive_users: int = 5_000
     """Visitors of the adaptive allocation at most."""
     session_requests: int | None = None
     """Requests a session: visits then span several sessions."""
@@ -290,6 +293,7 @@ class WorldTest:
         self.past_fold = "A" if args.fold == "B" else "B"
 
     def visitors(self, fold: str) -> Visitors:
+        """Everybody who comes, in order."""
         from metarec_gym.evaluation.ab_test.playing import visitors
 
         return visitors(self.world, fold, visits=self.args.visits, seed=self.args.seed, max_users=self.args.max_users)
@@ -361,7 +365,13 @@ class WorldTest:
         from metarec_gym.evaluation.online import best_policy, fixed_allocation, serve_in_world, successive_halving
 
         out = {}
-        for name, rule in (("equal shares", fixed_allocation), ("LUCB", best_policy), ("halving", successive_halving)):
+        batch = {"batch": ADAPTIVE_BATCH}
+        rules: tuple[tuple[str, Callable[..., OnlineResult], dict[str, int]], ...] = (
+            ("equal shares", fixed_allocation, batch),
+            ("LUCB", best_policy, batch),
+            ("halving", successive_halving, {}),
+        )
+        for name, rule, more in rules:
             serve = serve_in_world(
                 self.world,
                 self.args.fold,
@@ -372,7 +382,7 @@ class WorldTest:
                 settings=self.settings,
                 device=self.args.device,
             )
-            found = rule(serve, len(self.arms), max_users=self.args.adaptive_users)
+            found = rule(serve, len(self.arms), max_users=self.args.adaptive_users, **more)
             users = {arm.name: int(n) for arm, n in zip(self.arms, found.users, strict=True)}
             out[name] = {"best": self.arms[found.best].name, "sure": found.sure, "users": users}
         return out

@@ -16,6 +16,8 @@ from metarec_gym.seeding import numpy_rng
 
 SAMPLES = 2000
 """Tests drawn for a power; its standard error is then at most 1.1 points."""
+MAX_STEPS = 6
+"""Sizes tried when users are asked for."""
 _CHUNK = 8_000_000
 """Weights drawn at once."""
 
@@ -112,7 +114,7 @@ def users_needed(
     share: float = 0.5,
     seed: int = 0,
 ) -> int | None:
-    """Users of both arms together for a lift to be found with the power; to 2 %, None above ten million.
+    """Users of both arms together for a lift to be found with the power, about; None above ten million.
 
     Args:
         columns: As for `Planner`.
@@ -129,20 +131,18 @@ def users_needed(
     if lift == 0.0:
         raise ValueError("no number of users finds a lift of 0; give the smallest lift worth finding")
 
-    def enough(total: float) -> bool:
+    total = float(max(len(columns), 200))
+    for _ in range(MAX_STEPS):
         arms = (max(10, round(total * (1.0 - share))), max(10, round(total * share)))
-        return Planner(columns, arms, cuped=cuped, level=level, samples=SAMPLES // 2, seed=seed).power(lift) >= power
-
-    high = 40.0
-    while not enough(high):
-        high *= 2.0
-        if high > 1e7:
+        found = Planner(columns, arms, cuped=cuped, level=level, samples=SAMPLES // 2, seed=seed).detectable(power)
+        # the detectable lift falls with the root of the users: one step lands close, the next ones correct skewness
+        wanted = total * (16.0 if found is None else (found / abs(lift)) ** 2)
+        if wanted > 1e7:
             return None
-    low = high / 2.0
-    while high / low > 1.02:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return int(np.ceil(high))
+        if abs(wanted / total - 1.0) < 0.02:
+            break
+        total = max(wanted, 40.0)
+    return int(np.ceil(wanted))
 
 
 def a_a_p_values(columns: Floats, *, cuped: bool = False, splits: int = SAMPLES, seed: int = 0) -> Floats:
