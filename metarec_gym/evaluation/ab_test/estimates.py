@@ -73,11 +73,25 @@ class Moments:
         within = (self.count - 1.0)[..., None, None] * self.cov + (other.count - 1.0)[..., None, None] * other.cov
         return Moments(count, mean, (within + between) / (count - 1.0)[..., None, None])
 
-    def raised(self, factor: float | Floats) -> Moments:
-        """The same users with their numerators multiplied: an effect of `factor - 1`."""
-        scale = np.ones((*np.shape(factor), 4))
-        scale[..., 0] = factor
-        return Moments(self.count, self.mean * scale, self.cov * scale[..., :, None] * scale[..., None, :])
+    def raised(self, lift: float, *, binary: bool = False) -> Moments:
+        """As if every user's numerator had been raised by `lift`.
+
+        Args:
+            lift: Relative effect.
+            binary: The numerator is 0 or 1: then more users get a 1 (at most all), and the variance is p (1 - p) again.
+        """
+        p = self.mean[..., 0]
+        factor = np.full_like(p, 1.0 + lift)
+        spread = factor
+        if binary:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                factor = np.where(p > 0, np.minimum(factor, 1.0 / p), 1.0)
+                ratio = factor * (1.0 - factor * p) / (1.0 - p)
+                spread = np.sqrt(np.where(p < 1, np.maximum(ratio, 0.0), 0.0))
+        place = np.arange(4) == 0
+        mean = np.where(place, factor[..., None], 1.0)
+        scale = np.where(place, spread[..., None], 1.0)
+        return Moments(self.count, self.mean * mean, self.cov * scale[..., :, None] * scale[..., None, :])
 
 
 def _features(columns: Floats) -> tuple[Floats, Floats, Floats]:

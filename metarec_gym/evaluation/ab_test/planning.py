@@ -2,7 +2,8 @@
 
 A planned test is drawn many times: both arms' users with replacement from the baseline users, the treated ones' numerators
 raised by the effect, analysed as the test will be. So skewed users, ratios and CUPED are in it without a formula for each.
-A/A splits of the baseline itself show whether the analysis raises false alarms on these very users.
+A plan is as good as its baseline: of few users the value itself is uncertain, and the plan does not know it. A/A splits of
+the baseline show whether the analysis raises false alarms on these very users.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Planner:
                 f"{len(columns)} baseline users and arms of {users} users are too few to plan; at least 10 each"
             )
         self.users, self.cuped, self.level = users, cuped, level
+        self._binary = bool(np.isin(columns[:, 0], (0.0, 1.0)).all() and (columns[:, 1] == 1.0).all())
         rng = numpy_rng(seed, "planning")
         arms = []
         for size in users:
@@ -83,7 +85,7 @@ class Planner:
 
     def power(self, lift: float) -> float:
         """Share of the drawn tests that find a lift of this size (0 gives the share of false alarms)."""
-        found = compare(self._control, self._treated.raised(1.0 + lift), cuped=self.cuped)
+        found = compare(self._control, self._treated.raised(lift, binary=self._binary), cuped=self.cuped)
         return float((found.p_value() < self.level).mean())
 
     def detectable(self, power: float = 0.8) -> float | None:
