@@ -155,7 +155,7 @@ def _before(planned: Mapping[str, Planned]) -> list[str | Table]:
         f"Smallest lift found with {first.power:.0%} power by {first.users[0]:,} control and {first.users[1]:,} other users, "
         f"two-sided at {100 * first.level:.2g} % (5 % over the number of comparisons). Tests are drawn from users whom the "
         "control policy served before. A/A splits of those users, each analysed like the test at 5 %, should be significant "
-        "in about 5 %.",
+        "in about 5 %, and in fewer where nearly all users have the same value.",
         Table(head, rows),
     ]
 
@@ -229,6 +229,8 @@ def _interleaving(report: TestReport) -> list[str | Table]:
         z = f"{s.interleaving:+.1f} / {s.ab_test:+.1f}"
         # with a difference that the A/B test hardly sees the ratio is noise
         fewer = f"{s.fewer_users:.1f} x" if abs(s.ab_test) > 2.0 else "-"
+        if abs(s.ab_test) > 2.0 and s.interleaving * s.ab_test < 0:
+            fewer = "they disagree: believe the A/B test"
         rows.append([arm, f"{preference.estimate:+.4f} [{preference.low:+.4f}, {preference.high:+.4f}]", z, fewer])
         rates += [[arm, f"{n:,}", f"{i:.0%}", f"{a:.0%}"] for n, i, a in s.detected]
     head = ("arm", "preference over control per pair of places [95 %]", "z, interleaving / A/B", "fewer users needed")
