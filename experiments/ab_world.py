@@ -282,6 +282,7 @@ class WorldTest:
             "world": self.world.hash,
             "arms": [(arm.name, arm.key) for arm in self.arms],
             "env_settings": self.settings,
+            "device": args.device.split(":")[0],
             "horizon": (self.pre, self.horizon),
             "code": code_hash(CODE),
             **{

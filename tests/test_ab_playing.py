@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from metarec_gym.evaluation.rollout import Fixed, Greedy, Rows
 from metarec_gym.policy import FixedPolicy, MlpPolicy, UniformPolicy
 from metarec_gym.seeding import numpy_rng
 from metarec_gym.world import World
+
+needs_tea_tasting = pytest.mark.skipif(
+    importlib.util.find_spec("tea_tasting") is None, reason="needs the ab extra: pip install 'metarec-gym[ab]'"
+)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +161,7 @@ def test_adaptive_allocation_serves_each_visitor_once(tiny_world: World) -> None
 # ---- the command
 
 
+@needs_tea_tasting
 def test_the_command_plans_plays_and_reports_and_is_found_again(world_folder: Path, tmp_path: Path, capsys) -> None:
     args = Args(
         world=world_folder,
@@ -229,6 +235,7 @@ def test_metrics_guardrails_and_weights_are_read() -> None:
         weights_of(Args(weights=("a=1",)), ["a", "b"])
 
 
+@needs_tea_tasting
 def test_an_exposure_table_without_a_control_is_refused(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("user_id,arm,click\n1,old,1\n2,new,0\n")
     with pytest.raises(ValueError, match=r"name one of the table's arms: \['new', 'old'\]"):

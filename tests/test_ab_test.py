@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 
 import numpy as np
 import pandas as pd
@@ -30,6 +31,9 @@ from metarec_gym.evaluation.ab_test.table import (
 )
 from metarec_gym.seeding import numpy_rng
 
+needs_tea_tasting = pytest.mark.skipif(
+    importlib.util.find_spec("tea_tasting") is None, reason="needs the ab extra: pip install 'metarec-gym[ab]'"
+)
 EQUAL = {"old": 1.0, "new": 1.0}
 CTR = Metric("ctr", "click", "shown")
 
@@ -134,6 +138,16 @@ def test_a_user_in_two_arms_is_refused() -> None:
         check_exposures(table)
 
 
+def test_dates_of_exposure_become_seconds() -> None:
+    table = pd.DataFrame(
+        {"user_id": ["a", "b"], "arm": "old", "first_exposure": ["1970-01-02", "1970-01-01T01:00:00+01:00"]}
+    )
+    with pytest.raises(ValueError, match="soon"):
+        check_exposures(table.assign(first_exposure=["1970-01-02", "soon"]))
+    table["first_exposure"] = ["1970-01-02T00:00:00Z", "1970-01-01T01:00:10+01:00"]
+    assert check_exposures(table)["first_exposure"].tolist() == [86_400.0, 10.0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -191,6 +205,7 @@ def test_cuped_by_hand_on_four_users() -> None:
 
 
 @pytest.mark.parametrize("cuped", [False, True])
+@needs_tea_tasting
 def test_our_arithmetic_is_tea_tastings(cuped: bool) -> None:
     users = _users(1, lift=0.2)
     metric = CTR.with_covariate(users.columns) if cuped else CTR
@@ -246,12 +261,14 @@ def test_a_broken_sample_ratio_stops_the_report() -> None:
         assert "lift" not in text
 
 
+@needs_tea_tasting
 def test_the_planned_traffic_is_what_is_checked() -> None:
     users = pd.concat([_users(4)[lambda t: t["arm"] == "old"], _users(4)[lambda t: t["arm"] == "new"][:20]])
     assert analyse(users, [CTR], control="old", weights=EQUAL).stopped is not None
     assert analyse(users, [CTR], control="old", weights={"old": 10, "new": 1}).stopped is None
 
 
+@needs_tea_tasting
 def test_holm_and_benjamini_hochberg_are_over_goals_and_arms() -> None:
     users = pd.concat(
         [_users(5, 600, lift=0.2), _users(6, 600).assign(arm="third", user_id=[f"t{i}" for i in range(600)])]
@@ -268,6 +285,7 @@ def test_holm_and_benjamini_hochberg_are_over_goals_and_arms() -> None:
         np.testing.assert_allclose([getattr(e, ours) for e in found.effects], expected)
 
 
+@needs_tea_tasting
 def test_a_guardrail_passes_only_when_harm_is_excluded() -> None:
     users = _users(7, 4000)
     metrics = [dataclasses.replace(CTR, name=f"tolerates {m:g}", margin=m) for m in (0.001, 0.3)]
@@ -280,6 +298,7 @@ def test_a_guardrail_passes_only_when_harm_is_excluded() -> None:
     assert other[0].bound > other[0].lift > found.guardrails[0].bound
 
 
+@needs_tea_tasting
 def test_a_metric_without_any_spread_is_known_and_claims_nothing() -> None:
     users = _users(8).assign(stayed=1.0, never=0.0)
     metrics = [Metric("never", "never"), Metric("stayed", "stayed", margin=0.02)]
@@ -290,12 +309,14 @@ def test_a_metric_without_any_spread_is_known_and_claims_nothing() -> None:
     assert found.effects[0].difference.as_number() == "+0.0000 [+0.0000, +0.0000]"
 
 
+@needs_tea_tasting
 def test_segments_are_those_of_the_leaderboard() -> None:
     found = analyse(_users(9), [CTR], control="old", weights=EQUAL)
     # history lengths 0..39 in turn, 400 users in two arms: 6, 15 and 19 lengths of 10 users
     assert [(e.segment, sum(e.users)) for e in found.segments] == [("cold", 60), ("light", 150), ("heavy", 190)]
 
 
+@needs_tea_tasting
 def test_a_clear_gain_is_called_better_unless_a_guardrail_is_open() -> None:
     users = _users(10, 2000, lift=0.3)
     guard = dataclasses.replace(CTR, name="guard", margin=0.02)
@@ -416,6 +437,7 @@ def test_always_valid_p_values_never_rise() -> None:
     np.testing.assert_allclose(always_valid_p(np.log([0.5, 4.0, 2.0, 8.0])), [1.0, 0.25, 0.25, 0.125])
 
 
+@needs_tea_tasting
 def test_monitoring_sees_a_large_effect_early_and_ends_at_the_analysis() -> None:
     users = _users(18, 1000, lift=0.6)
     path = monitoring.monitor(users, CTR, control="old", arm="new")
@@ -444,6 +466,7 @@ def test_monitoring_sees_lost_users_and_conversions_that_go_one_way() -> None:
 # ---- the report
 
 
+@needs_tea_tasting
 def test_markdown_and_fragment_say_the_same(tmp_path) -> None:
     users = _users(20, 600, lift=0.3)
     found: Analysis = analyse(users, [CTR], control="old", weights=EQUAL)

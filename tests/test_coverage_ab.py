@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from experiments import coverage_ab
-from experiments.coverage_ab import KINDS, TRUTH, Args, Line, draw_users, run
+from experiments.coverage_ab import ANY, KINDS, TRUTH, Args, Line, draw_users, run
 from metarec_gym.seeding import numpy_rng
 
 
@@ -17,11 +17,11 @@ def test_the_made_up_users_are_worth_what_is_said_of_them(kind: str) -> None:
 
 
 def test_the_page_names_what_does_not_hold(tmp_path, monkeypatch) -> None:
-    lines = [Line("kept", (0.93, 0.97), 0.95), Line("broken", (0.0, 0.05), 0.06)]
+    lines = [Line("kept", (0.93, 0.97), 0.95), Line("broken", (0.0, 0.05), 0.06), Line("for comparison", ANY, 0.5)]
     monkeypatch.setattr(coverage_ab, "PARTS", (type("Part", (), {"__call__": lambda *_: lines, "__name__": "part"})(),))
     run(Args(repetitions=10, out=tmp_path / "page.md"))
     text = (tmp_path / "page.md").read_text()
-    assert "1 of 2 lines hold" in text
+    assert "1 of 2 promises hold" in text
     assert "| broken | 0 % to 5 % | 6.00 % | **no** |" in text
 
 

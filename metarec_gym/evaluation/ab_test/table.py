@@ -4,7 +4,7 @@
 |---|---|
 | `user_id` | the unit of assignment and of analysis |
 | `arm` | what the user was assigned to |
-| `first_exposure` | when (any number that grows: unix seconds, order of arrival); optional, monitoring needs it |
+| `first_exposure` | when (a date, or any number that grows: order of arrival); optional, monitoring needs it |
 | `history_length` | events before the test, for segments; optional |
 | `pre_<column>` | the user's own value before the test, repeated on every row; optional, CUPED uses it |
 | anything else | outcomes, summed over a user's rows |
@@ -107,11 +107,13 @@ def read_exposures(path: str | Path) -> pd.DataFrame:
 
 
 def check_exposures(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with `user_id` and `arm` as text.
+    """The table with `user_id` and `arm` as text and `first_exposure` as a number (dates become unix seconds).
 
     Raises:
-        ValueError: When a column is missing, a user or arm is unknown, or a user was in two arms.
+        ValueError: When a column is missing, a user or arm is unknown, a date is none, or a user was in two arms.
     """
+    import pandas as pd
+
     missing = sorted({"user_id", "arm"} - set(table.columns))
     if missing:
         raise ValueError(f"the exposure table lacks the columns {missing}; it has {list(table.columns)}")
@@ -119,6 +121,9 @@ def check_exposures(table: pd.DataFrame) -> pd.DataFrame:
     if holes:
         raise ValueError(f"{holes} rows of the exposure table name no user or no arm; find out why before analysing")
     table = table.assign(user_id=table["user_id"].astype(str), arm=table["arm"].astype(str))
+    if "first_exposure" in table and not pd.api.types.is_numeric_dtype(table["first_exposure"]):
+        when = pd.to_datetime(table["first_exposure"], utc=True)
+        table = table.assign(first_exposure=(when - pd.Timestamp(0, tz="UTC")).dt.total_seconds())
     arms = table.groupby("user_id")["arm"].nunique()
     if (arms > 1).any():
         example = arms.index[(arms > 1).to_numpy()][0]
