@@ -165,6 +165,11 @@ def _run_world(args: Args) -> dict[str, Any]:
         "Users are simulated: what is shown holds for the world's users and its judge. Visitors do not influence each other, and "
         "no policy learns from another arm's visitors; in a real service check both."
     ]
+    if test.pre:
+        notes.append(
+            f"The test begins after {test.pre} requests by the control in the same visit: what was shown then is not shown "
+            "again, and the effect is that of switching there. --pre-requests 0 tests from the first request on, without a pre-period."
+        )
     if args.visits > 1:
         notes.append(
             f"Each user came {args.visits} times with new luck: intervals are about these users, not about others."

@@ -344,6 +344,7 @@ class WorldTest:
             "world": self.args.world,
             "fold": fold,
             "horizon": self.horizon,
+            "pre_requests": self.pre,
             "seed": self.args.seed,
             "settings": self.settings,
             "device": self.args.device,
@@ -352,13 +353,12 @@ class WorldTest:
         if both:
             common |= {"first": first, "second": arm.player}
         else:
-            common |= {"player": arm.player, "control": first, "pre_requests": self.pre}
+            common |= {"player": arm.player, "control": first}
         tasks = []
         for low in range(0, len(group), CHUNK):
             part = group.take(np.arange(low, min(low + CHUNK, len(group))))
-            requests = self.horizon + (0 if both else self.pre)
             call = interleave_task if both else play_task
-            tasks.append(Task(f"{name}_{low}", call, {**common, "group": part}, len(part) * requests))
+            tasks.append(Task(f"{name}_{low}", call, {**common, "group": part}, len(part) * (self.pre + self.horizon)))
         return group, tasks
 
     def adaptive(self) -> dict[str, Any]:

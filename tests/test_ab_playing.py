@@ -110,6 +110,14 @@ def test_interleaving_prefers_nobody_when_both_are_the_same(tiny_world: World) -
     assert same.low < 0.0 < same.high
 
 
+def test_interleaving_counts_nothing_of_the_pre_period(tiny_world: World) -> None:
+    group = visitors(tiny_world, "B", visits=5, seed=0)
+    found = interleave(tiny_world, "B", Fixed(0), Fixed(1), group, horizon=1, pre_requests=3, seed=1)
+    # one request of two places, one of each team
+    assert found.places.tolist() == [[1.0, 1.0]] * len(group)
+    assert found.credit.max() <= 1.0
+
+
 def test_interleaving_sees_a_difference_with_fewer_users_than_an_ab_test() -> None:
     # cold users; `mixed` shows both kinds of items in turn (0.5 and 0.1), the rule only the kind that the user likes (0.5)
     world = World.synthetic(

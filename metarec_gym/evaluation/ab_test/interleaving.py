@@ -64,6 +64,7 @@ def interleave(
     group: Visitors,
     *,
     horizon: int,
+    pre_requests: int = 0,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     device: str = "cpu",
@@ -79,7 +80,8 @@ def interleave(
         first: One policy, usually the control.
         second: The other.
         group: The visitors.
-        horizon: Requests.
+        horizon: Requests after the pre-period.
+        pre_requests: Requests before, served by the first policy alone and not counted, as in `playing.play_arm`.
         seed: Seed of the draws.
         settings: Further settings of the environment.
         device: Where it runs.
@@ -88,7 +90,7 @@ def interleave(
     Returns:
         The visitors' preferences.
     """
-    env = make_env(world, fold, len(group), horizon, "slots", dict(settings or {}), device)
+    env = make_env(world, fold, len(group), pre_requests + horizon, "slots", dict(settings or {}), device)
     size, weights = env.slate_size, world.tensors["outcome_weights"].to(device)
     credit = torch.zeros(len(group), 2, dtype=torch.float64, device=device)
     places = torch.zeros_like(credit)
@@ -99,16 +101,19 @@ def interleave(
         )
         servers = [Server(p, group, seed, f"team {i}", device) for i, p in enumerate((first, second))]
         alive = torch.ones(len(group), dtype=torch.bool, device=device)
-        for request in range(horizon):
+        for request in range(pre_requests + horizon):
             mask = torch.as_tensor(info["action_mask"], device=device).to(torch.bool)
             choice = torch.stack([server.choose(obs, mask, request) for server in servers], dim=1)
+            counted = request >= pre_requests
+            choice = choice if counted else choice[:, :1].expand(-1, 2)
             pair = torch.arange(-(-size // 2), device=device)
             team = draft(uniform(fold_in(fold_in(key, request)[:, None], pair)) < 0.5, size)
             seen = obs
             obs, reward, terminated, truncated, info = env.step(choice.gather(1, team))
             worth = (info["outcomes"].to(torch.float64) * weights.to(torch.float64)).sum(dim=2)
-            credit.scatter_add_(1, team, worth)
-            places.scatter_add_(1, team, (info["slate"] >= 0).to(torch.float64))
+            if counted:
+                credit.scatter_add_(1, team, worth)
+                places.scatter_add_(1, team, (info["slate"] >= 0).to(torch.float64))
             for index, server in enumerate(servers):
                 server.observe(seen, choice[:, index], torch.where(alive, reward, 0.0), alive)
             alive = alive & ~(terminated | truncated)
