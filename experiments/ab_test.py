@@ -168,7 +168,8 @@ def _run_world(args: Args) -> dict[str, Any]:
     if test.pre:
         notes.append(
             f"The test begins after {test.pre} requests by the control in the same visit: what was shown then is not shown "
-            "again, and the effect is that of switching there. --pre-requests 0 tests from the first request on, without a pre-period."
+            "again, and the effect is that of switching there. --pre-requests 0 tests from the first request on, without a "
+            "pre-period."
         )
     if args.visits > 1:
         notes.append(
