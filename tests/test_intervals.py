@@ -27,6 +27,13 @@ def test_seeds_and_users_both_enter_the_variance() -> None:
     assert (interval.seeds, interval.users) == (2, 2)
 
 
+def test_what_users_and_seeds_do_not_explain_stays_in_the_variance() -> None:
+    # all means are 0.5, residuals +-0.5: 4 * 0.25 / (1 * 1) / (2 * 2) = 0.25 and nothing else
+    interval = mean_interval([[0.0, 1.0], [1.0, 0.0]])
+    assert interval.estimate == 0.5
+    assert interval.se == pytest.approx(0.5)
+
+
 def test_identical_seeds_leave_the_interval_of_users() -> None:
     users = numpy_rng(0, "users").normal(size=40)
     one, three = mean_interval(users), mean_interval(np.stack([users] * 3))

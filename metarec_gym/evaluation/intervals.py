@@ -7,8 +7,9 @@ A learned policy is trained under several seeds and every seed is played on the 
 
 the variance of the grand mean is  var(seed) / S + var(user) / n + var(rest) / (S n), estimated from the mean squares of
 seeds, users and rest; its degrees of freedom are Welch and Satterthwaite's. Ten seeds over six hundred users then get a
-t quantile close to 2.26 where seeds matter and close to 1.96 where users do. By simulation (tests) 95 % intervals cover
-in 93-97 % of cases; where nearly all variance is in the rest they err on the wide side.
+t quantile close to 2.26 where seeds matter and close to 1.96 where users do. Measured (`experiments.coverage_ab`), 95 %
+intervals of means, lifts and closed gaps cover in 93-97 % of cases at 5 and at 10 seeds, as long as the rest's standard
+deviation is at most three times the users'; beyond that they err on the wide side.
 """
 
 from __future__ import annotations
@@ -175,7 +176,8 @@ def _variance_of_mean(z: Floats) -> tuple[float, float]:
     seed_part = float(by_seed.var(ddof=1)) / seeds
     user_part = float(by_user.var(ddof=1)) / users
     rest_part = float((rest**2).sum()) / ((seeds - 1) * (users - 1)) / (seeds * users)
-    variance = max(seed_part + user_part - rest_part, seed_part, user_part)
+    # var(seed) and var(user) are not negative, so the sum is at least the rest's part
+    variance = max(seed_part + user_part - rest_part, rest_part)
     if variance <= 0.0:
         return 0.0, float(seeds - 1)
     spread = seed_part**2 / (seeds - 1) + user_part**2 / (users - 1) + rest_part**2 / ((seeds - 1) * (users - 1))
