@@ -56,6 +56,7 @@ integrations: $(STAMP)
 
 coverage: $(STAMP)
 	$(RUN) experiments.coverage --part off_policy
+	$(RUN) experiments.coverage --part ab
 
 check: $(STAMP)
 	$(BIN)/ruff check .

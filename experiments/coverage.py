@@ -1,13 +1,13 @@
 """Do the intervals of this repository cover? Simulated repetitions with a known truth; one part a room.
 
     python -m experiments.coverage --part off_policy
+    python -m experiments.coverage --part ab
 
 writes `experiments/results/coverage_<part>.md`.
 """
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 class Args:
     """Measures how often intervals hold the truth."""
 
-    part: Literal["off_policy"] = "off_policy"
+    part: Literal["off_policy", "ab"] = "off_policy"
     """Which intervals; `experiments.coverage_<part>` measures them."""
     repetitions: int = 2000
     """Simulated logs."""
@@ -27,15 +27,19 @@ class Args:
     """Folder of the table."""
 
 
-def run(args: Args) -> dict[str, Any]:
+def run(args: Args) -> Any:
     """Measures one part; returns what its `run` returns.
 
     Args:
         args: The command line.
     """
-    part = importlib.import_module(f"experiments.coverage_{args.part}")
-    result: dict[str, Any] = part.run(args.repetitions, args.seed, args.out)
-    return result
+    if args.part == "ab":
+        from experiments import coverage_ab
+
+        return coverage_ab.run(coverage_ab.Args(args.repetitions, args.seed, args.out / "coverage_ab.md"))
+    from experiments import coverage_off_policy
+
+    return coverage_off_policy.run(args.repetitions, args.seed, args.out)
 
 
 def main() -> None:
