@@ -7,20 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metarec_gym.evaluation.intervals import Interval
-from metarec_gym.evaluation.report import (
-    _FAINT,
-    _INK,
-    _SERIES,
-    _STYLE,
-    MAX_CURVES,
-    _bar,
-    _drawing,
-    _e,
-    _facts,
-    _figure,
-    _rows_table,
-    _section,
-)
+from metarec_gym.evaluation.report.figures import FAINT as _FAINT
+from metarec_gym.evaluation.report.figures import INK as _INK
+from metarec_gym.evaluation.report.figures import MAX_CURVES
+from metarec_gym.evaluation.report.figures import SERIES as _SERIES
+from metarec_gym.evaluation.report.figures import drawing as _drawing
+from metarec_gym.evaluation.report.figures import figure_html as _figure
+from metarec_gym.evaluation.report.parts import bar as _bar
+from metarec_gym.evaluation.report.parts import document
+from metarec_gym.evaluation.report.parts import escape as _e
+from metarec_gym.evaluation.report.parts import fact_list as _facts
+from metarec_gym.evaluation.report.parts import rows_table as _rows_table
+from metarec_gym.evaluation.report.parts import section as _section
 from metarec_gym.evaluation.validity.findings import FAIL, HALVES, MOVES, OPEN, PASS, SLOPE, STAYS, excess
 
 _TONE = {PASS: "up", FAIL: "down", OPEN: "caution"}
@@ -54,13 +52,7 @@ def page(validity: Mapping[str, Any], provenance: Mapping[str, str]) -> str:
         **provenance,
     }
     blocks = [_header(validity), *_sections(validity), _section("Where it comes from", _facts(facts))]
-    return (
-        "<!doctype html>\n"
-        f'<html lang="en"><head><meta charset="utf-8"><title>{_e(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<style>{_STYLE}</style></head><body><main>\n" + "\n".join(blocks) + "\n</main></body></html>\n"
-    )
+    return document(title, blocks)
 
 
 def validity_section(validity: Mapping[str, Any] | None) -> str:
