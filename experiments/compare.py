@@ -467,6 +467,7 @@ def run(args: Args) -> Comparison:
     Returns:
         The comparison.
     """
+    from metarec_gym.evaluation.explain.explanation import read_explanation
     from metarec_gym.evaluation.leaderboard import TRAINED, csv_text, leaderboard, markdown_table, text_table
     from metarec_gym.evaluation.report import ReportData, cautions, render
     from metarec_gym.evaluation.validity.findings import read_validity
@@ -539,7 +540,19 @@ def run(args: Args) -> Comparison:
         "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
         "device": args.device,
     }
-    data = ReportData(world, headroom, rows, verdict, checks, provenance, read_validity(args.world, world.hash))
+    files = [train_folder(job).path / "policy.safetensors" for job in jobs]
+    explained = (read_explanation(file, world.hash) for file in files)
+    data = ReportData(
+        world,
+        headroom,
+        rows,
+        verdict,
+        checks,
+        provenance,
+        read_validity(args.world, world.hash),
+        next((found for found in explained if found is not None), None),
+        f"python -m experiments.explain --world {args.world} --policy {files[0]}" if files else "",
+    )
     report = write_atomic(folder.path / "report.html", render(data))
     _tensorboard(folder.path, rows, headroom)
     folder.finish(

@@ -11,6 +11,7 @@ import numpy as np
 from metarec_gym.evaluation.leaderboard import TRAINED, PolicyRow, cells, ordered, second_cell
 from metarec_gym.evaluation.metrics import MIN_HEADROOM, SEGMENT_EDGES, SEGMENTS
 from metarec_gym.evaluation.report.cards import cautions, data_card, world_card
+from metarec_gym.evaluation.report.explanation import explanation_section
 from metarec_gym.evaluation.report.figures import DASHES, FAINT, INK, MAX_CURVES, SERIES, drawing, figure_html
 from metarec_gym.evaluation.report.parts import bar, document, escape, rows_table, section
 
@@ -32,6 +33,8 @@ class ReportData:
         checks: Name of each self-check and what came out.
         provenance: Name and value: command lines, seeds, versions, hashes.
         validity: What `experiments.validity` found for this world; None when it was not asked.
+        explanation: What `experiments.explain` found for one of the trained policies; None when it was not asked.
+        explain_hint: The command that explains one; empty where nothing was trained.
     """
 
     world: World
@@ -41,6 +44,8 @@ class ReportData:
     checks: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     validity: Mapping[str, Any] | None = None
+    explanation: Mapping[str, Any] | None = None
+    explain_hint: str = ""
 
 
 def render(data: ReportData) -> str:
@@ -64,6 +69,7 @@ def render(data: ReportData) -> str:
         section("Lift over the single best strategy", _forest(rows, headline)),
         section("Utility over the episode", _curves(rows)),
         section("Who gets which strategy", _segments(data, by_name)),
+        explanation_section(data.explanation, data.explain_hint),
         section("Shorter horizons and the end of the episode", _windows(data, rows)),
         validity_section(data.validity),
         section("The world and its judges", world_card(data.world)),
