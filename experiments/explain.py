@@ -33,7 +33,7 @@ class Args:
     """Whose users the policy was trained on; what the file says if absent."""
     leaves: int = 16
     """Rules at most."""
-    rounds: int = 4
+    rounds: int = 3
     """Rounds of the imitation."""
     evaluation: EvalSettings = field(default_factory=EvalSettings)
     """How policies are played."""

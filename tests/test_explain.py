@@ -122,7 +122,7 @@ def test_no_more_rules_than_are_needed(explained: Explained) -> None:
     assert explained.result["rules"]["leaves"] == 3
     assert explained.result["rules"]["agreement"]["estimate"] == pytest.approx(1.0)
     rows = explained.result["rules"]["rows"]
-    assert {row["strategy"] for row in rows} == {"specialist_0", "specialist_1", "specialist_2"}
+    assert {row["serves"] for row in rows} == {"specialist_0", "specialist_1", "specialist_2"}
     assert [row["requests"] for row in rows] == pytest.approx([1 / 3] * 3)
 
 
@@ -214,6 +214,17 @@ def test_a_strategy_out_of_service_is_replaced_by_the_next_one_of_the_leaf() -> 
     assert tree.action_probs(obs, mask).argmax(dim=1).tolist() == [1, 2, 0]
 
 
+def test_branches_that_choose_alike_become_one_rule() -> None:
+    tree = _three_leaves()
+    alike = list(tree.nodes)
+    alike[3] = dataclasses.replace(alike[3], share=(0.6, 0.1, 0.3))
+    joined = TreePolicy(alike, tree.strategies, 1).joined()
+    assert joined.rules().splitlines() == ["young: a", "old: c"]
+    obs = torch.linspace(0.0, 1.0, 11)[:, None]
+    mask = torch.ones(11, 3, dtype=torch.bool)
+    assert torch.equal(joined.action_probs(obs, mask), TreePolicy(alike, tree.strategies, 1).action_probs(obs, mask))
+
+
 def test_a_saved_tree_acts_as_before_and_is_plain_json(tmp_path: Path) -> None:
     tree = _three_leaves()
     path = tree.save(tmp_path / "tree.json")
@@ -243,6 +254,15 @@ def test_damaged_and_newer_tree_files_are_refused(tmp_path: Path) -> None:
 def _written(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
+
+
+def test_rules_may_ask_about_the_entries_they_were_given_only() -> None:
+    obs = torch.tensor([[0.0, 0.0], [0.0, 0.1], [1.0, 0.9], [1.0, 1.0]])
+    data = TreeData(obs, torch.tensor([0, 0, 1, 1]), torch.ones(4))
+    assert fit_tree(data, ("a", "b"), (_feature(1, "y"),)).rules().splitlines() == [
+        "y at most 0.50: a",
+        "y above 0.50: b",
+    ]
 
 
 # ---- attributions

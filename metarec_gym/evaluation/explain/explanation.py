@@ -70,7 +70,7 @@ def explain(
     settings: EvalSettings,
     *,
     max_leaves: int = 16,
-    rounds: int = 4,
+    rounds: int = 3,
     say: Callable[[str], None] = lambda text: None,
 ) -> Explained:
     """Explains a policy.
@@ -202,7 +202,7 @@ def _worth(plays: dict[str, RolloutResult], window: Window) -> dict[str, Any]:
         name: {"value": mean_interval(v).to_json(), "lift": lifts[name].to_json() if name in lifts else None}
         for name, v in values.items()
     }
-    against = ratio_interval(values["rules"], values["policy"], minus=1.0)
+    against, chance = (ratio_interval(values[n], values["policy"], minus=1.0) for n in ("rules", "first choice"))
     kept = None
     if lifts["policy"].low > 0.0:
         kept = ratio_interval(values["rules"] - base, values["policy"] - base)
@@ -210,6 +210,7 @@ def _worth(plays: dict[str, RolloutResult], window: Window) -> dict[str, Any]:
         "played": table,
         "kept": None if kept is None else kept.to_json(),
         "rules_against_policy": against.to_json(),
+        "first_choice_against_policy": chance.to_json(),
         "stands": kept is not None and kept.estimate >= MUST_KEEP,
         "verdict": _verdict(kept, against, lifts),
     }
@@ -229,8 +230,8 @@ def _verdict(kept: Interval | None, against: Interval, lifts: dict[str, Interval
     if kept.estimate >= MUST_KEEP:
         return f"The rules keep {share} of the policy's lift ({both}); that it is at least {MUST_KEEP:.0%} is likely, not sure."
     return (
-        f"The rules tell only part of it: they keep {share} of the policy's lift ({both}). What was lost is in the states where "
-        "rules and policy differ; more leaves may hold it."
+        f"The rules tell only part of it: they keep {share} of the policy's lift ({both}). The rest is in the states where rules "
+        "and policy differ."
     )
 
 
@@ -238,9 +239,9 @@ def _rules(made: Distilled, by_rules: Visits, seen: Visits, sbs: int, world: Wor
     """The rules with what each is worth, and how often they choose as the policy does."""
     tree = made.tree
     here, there = tree.leaf_of(by_rules.obs), tree.leaf_of(seen.obs)
-    chosen = tree.action_probs(seen.obs, seen.mask).argmax(dim=1)
-    agrees = (chosen == seen.label).to(torch.float64).numpy()
-    trust = seen.probs.gather(1, chosen[:, None])[:, 0].to(torch.float64).numpy()
+    probs = tree.action_probs(seen.obs, seen.mask)
+    agrees = (probs.argmax(dim=1) == seen.label).to(torch.float64).numpy()
+    overlap = torch.minimum(probs, seen.probs).sum(dim=1).to(torch.float64).numpy()
     user = seen.user.numpy()
     leaves = tree.leaves
     place = torch.full((len(tree.nodes),), -1)
@@ -253,11 +254,11 @@ def _rules(made: Distilled, by_rules: Visits, seen: Visits, sbs: int, world: Wor
         rows.append(
             {
                 "if": list(tree.conditions(leaf)),
-                "strategy": tree.strategy_of(leaf),
+                "serves": tree.serves(leaf),
                 "requests": 0.0 if segment is None else segment.requests,
                 "users": 0.0 if segment is None else segment.users,
                 "gain": None if segment is None or segment.gain is None else segment.gain.to_json(),
-                "agreement": float(agrees[inside].mean()) if inside.any() else None,
+                "overlap": float(overlap[inside].mean()) if inside.any() else None,
             }
         )
     shares = {leaf: f"   ({row['requests']:.0%} of requests)" for leaf, row in zip(leaves, rows, strict=True)}
@@ -266,7 +267,7 @@ def _rules(made: Distilled, by_rules: Visits, seen: Visits, sbs: int, world: Wor
         "text": tree.rules(shares),
         "rows": rows,
         "agreement": mean_interval(per_user(user, agrees)).to_json(),
-        "policy_probability": mean_interval(per_user(user, trust)).to_json(),
+        "overlap": mean_interval(per_user(user, overlap)).to_json(),
         "weights": WEIGHTS,
         "candidates": [vars(c) for c in made.candidates],
     }

@@ -51,26 +51,34 @@ def setting(result: Mapping[str, Any]) -> str:
 
 
 def fidelity(result: Mapping[str, Any]) -> str:
-    """How often the rules choose as the policy does, in a sentence."""
-    rules = result["rules"]
-    return (
+    """How often the rules choose as the policy does, and what chance is worth, in a few sentences."""
+    rules, chance = result["rules"], result["first_choice_against_policy"]
+    text = (
         f"In the states that the policy meets, {rules['leaves']} rules choose its most probable strategy in "
-        f"{share(rules['agreement'])} of the requests; the policy gives their choice a probability of "
-        f"{share(rules['policy_probability'])}. Compared with the policy as served they earn "
-        f"{percent(result['rules_against_policy'])}."
+        f"{share(rules['agreement'])} of the requests; the policy gives their choice a probability of {share(rules['overlap'])}. "
+        f"Compared with the policy as served they earn {percent(result['rules_against_policy'])}."
     )
+    if chance["high"] < 0.0:
+        text += (
+            f" Chance is part of what the policy wins: always serving its most probable strategy earns {percent(chance)} "
+            "compared with drawing by its probabilities."
+        )
+    return text
 
 
 def weights(result: Mapping[str, Any]) -> str:
     """How the rules came about, in a sentence."""
     tried = result["rules"]["candidates"]
     rounds = max(c["round"] for c in tried)
-    sizes = ", ".join(f"{c['leaves']} rules {c['value']:.3f}" for c in sorted(tried, key=lambda c: c["leaves"]))
+    sizes = ", ".join(
+        f"{c['leaves']}{'*' if c['own_past'] else ''}: {c['value']:.3f}"
+        for c in sorted(tried, key=lambda c: c["leaves"])
+    )
     return (
-        f"Rules: decision trees fitted to the policy's most probable strategy in up to {tried[-1]['requests']:,} training "
+        f"Rules: decision trees fitted to what the policy chose in up to {tried[-1]['requests']:,} training "
         f"requests (DAgger, {rounds} rounds; as in VIPER a state weighs what is at stake in it, here: "
         f"{result['rules']['weights']}). The smallest was taken that keeps {KEEP:.0%} of the best tree's lift on the training "
-        f"users, reward a request there: {sizes}."
+        f"users. Rules and reward a request there (* may ask about the policy's own earlier choices): {sizes}."
     )
 
 
@@ -91,15 +99,15 @@ def markdown(result: Mapping[str, Any], provenance: Mapping[str, str]) -> str:
     )
     lines += ["", "## Rules", "", fidelity(result), "", "```", result["rules"]["text"], "```", ""]
     lines += _table(
-        ("rule", "serves", "requests", "users", "gain [95 %]", "chooses as the policy"),
+        ("rule", "serves", "requests", "users", "gain [95 %]", "overlap with the policy"),
         [
             (
                 " and ".join(row["if"]) or "always",
-                row["strategy"],
+                row["serves"],
                 f"{row['requests']:.0%}",
                 f"{row['users']:.0%}",
                 number(row["gain"], signed=True),
-                "-" if row["agreement"] is None else f"{row['agreement']:.0%}",
+                "-" if row["overlap"] is None else f"{row['overlap']:.0%}",
             )
             for row in result["rules"]["rows"]
         ],

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ class Node:
 class TreePolicy(StatelessPolicy):
     """A decision tree over the observation; each leaf names a strategy.
 
-    Where that strategy is out of service, the one with the next largest weight in the leaf serves.
+    Where that strategy is out of service, the one with the next largest share in the leaf serves.
 
     Args:
         nodes: The root first.
@@ -64,7 +64,11 @@ class TreePolicy(StatelessPolicy):
     """
 
     def __init__(
-        self, nodes: Sequence[Node], strategies: Sequence[str], obs_dim: int, meta: dict[str, Any] | None = None
+        self,
+        nodes: Sequence[Node],
+        strategies: Sequence[str],
+        obs_dim: int,
+        meta: dict[str, Any] | None = None,
     ) -> None:
         self.nodes, self.strategies, self.obs_dim = tuple(nodes), tuple(strategies), int(obs_dim)
         self.meta = dict(meta or {})
@@ -91,14 +95,37 @@ class TreePolicy(StatelessPolicy):
         # strategies that a leaf has never seen stand in by how common they are in the whole tree
         self._score = torch.tensor([n.share for n in self.nodes]) + 1e-6 * root
 
+    def joined(self) -> TreePolicy:
+        """The same choices with fewer leaves: branches whose leaves all choose alike become one."""
+        nodes: list[Node] = []
+
+        def write(at: int) -> int:
+            node, here = self.nodes[at], len(nodes)
+            below = {self._choice(leaf) for leaf in self._leaves_below(at)}
+            nodes.append(replace(node, feature=LEAF, left=LEAF, right=LEAF, yes="", no=""))
+            if len(below) > 1:
+                left, right = write(node.left), write(node.right)
+                nodes[here] = replace(node, left=left, right=right)
+            return here
+
+        write(0)
+        return TreePolicy(nodes, self.strategies, self.obs_dim, self.meta)
+
+    def _choice(self, leaf: int) -> int:
+        return int(self._score[leaf].argmax())
+
+    def _leaves_below(self, at: int) -> list[int]:
+        node = self.nodes[at]
+        return [at] if node.feature == LEAF else [*self._leaves_below(node.left), *self._leaves_below(node.right)]
+
     @property
     def leaves(self) -> tuple[int, ...]:
         """Indices of the leaves, in the order of the rules."""
         return tuple(at for at, node, _ in self._walk() if node.feature == LEAF)
 
-    def strategy_of(self, leaf: int) -> str:
+    def serves(self, leaf: int) -> str:
         """Name of the strategy that a leaf serves."""
-        return self.strategies[int(self._score[leaf].argmax())]
+        return self.strategies[self._choice(leaf)]
 
     def leaf_of(self, obs: Tensor) -> Tensor:
         """The leaf that each state reaches; float32 (rows, obs_dim) -> int64 (rows,), indices into `nodes`.
@@ -159,7 +186,7 @@ class TreePolicy(StatelessPolicy):
         for at, node, path in self._walk():
             lead = "    " * (len(path) - 1) + f"{path[-1]}: " if path else ""
             if node.feature == LEAF:
-                lines.append(f"{lead}{self.strategy_of(at)}{notes.get(at, '')}")
+                lines.append(f"{lead}{self.serves(at)}{notes.get(at, '')}")
             elif path:
                 lines.append(lead.rstrip())
         return "\n".join(lines)
@@ -210,7 +237,7 @@ class TreeData:
 
     Attributes:
         obs: float32 (N, D).
-        label: int64 (N,), the strategy that the imitated policy would choose.
+        label: int64 (N,), the strategy that the imitated policy chose.
         weight: float64 (N,), what is lost by a wrong choice there.
     """
 
@@ -232,7 +259,7 @@ def fit_tree(
     Args:
         data: What to imitate.
         strategies: Strategy names.
-        features: The observation in words, one an entry.
+        features: Entries of the observation that the tree may ask about, in words.
         max_leaves: Leaves at most; branches whose leaves agree are joined, so there may be fewer.
         meta: Facts that travel with the tree.
 
@@ -255,54 +282,27 @@ def fit_tree(
         # ties between equally good splits are broken by it
         random_state=0,
     )
-    model.fit(data.obs.numpy(), data.label.numpy(), sample_weight=weight)
-    return TreePolicy(_export(model, len(strategies), features), strategies, data.obs.shape[1], meta)
-
-
-@dataclass
-class _Draft:
-    feature: int
-    threshold: float
-    share: tuple[float, ...]
-    children: list[_Draft] = field(default_factory=list)
-
-    @property
-    def best(self) -> int:
-        return int(np.argmax(self.share))
+    model.fit(data.obs[:, [f.index for f in features]].numpy(), data.label.numpy(), sample_weight=weight)
+    return TreePolicy(_export(model, len(strategies), features), strategies, data.obs.shape[1], meta).joined()
 
 
 def _export(model: Any, n_strategies: int, features: Sequence[Feature]) -> list[Node]:
-    """Nodes of a fitted scikit-learn tree, branches whose leaves all choose alike joined."""
+    """Nodes of a fitted scikit-learn tree, parents before children."""
     tree = model.tree_
-
-    def draft(at: int) -> _Draft:
+    nodes = []
+    for at in range(tree.node_count):
         share = np.zeros(n_strategies)
-        # one row a node: weights of the classes that occurred
+        # weights of the classes that occurred
         share[model.classes_] = tree.value[at][0] / tree.value[at][0].sum()
         left, right = int(tree.children_left[at]), int(tree.children_right[at])
-        made = _Draft(int(tree.feature[at]), float(tree.threshold[at]), tuple(float(x) for x in share))
-        if left >= 0:
-            made.children = [draft(left), draft(right)]
-            if all(not c.children for c in made.children) and made.children[0].best == made.children[1].best:
-                made.children = []
-        return made
-
-    nodes: list[Node] = []
-
-    def write(one: _Draft) -> int:
-        at = len(nodes)
-        nodes.append(Node(LEAF, 0.0, LEAF, LEAF, "", "", one.share))
-        if not one.children:
-            return at
-        left, right = (write(child) for child in one.children)
-        feature = features[one.feature]
+        shares = tuple(float(x) for x in share)
+        if left < 0:
+            nodes.append(Node(LEAF, 0.0, LEAF, LEAF, "", "", shares))
+            continue
         # observations are float32: rounded down to one, "at most" means the same here as in scikit-learn
-        threshold = np.float32(one.threshold)
-        if threshold > one.threshold:
+        threshold = np.float32(tree.threshold[at])
+        if threshold > tree.threshold[at]:
             threshold = np.nextafter(threshold, np.float32(-np.inf))
-        words = feature.below(float(threshold)), feature.above(float(threshold))
-        nodes[at] = Node(one.feature, float(threshold), left, right, *words, one.share)
-        return at
-
-    write(draft(0))
+        feature, border = features[int(tree.feature[at])], float(threshold)
+        nodes.append(Node(feature.index, border, left, right, feature.below(border), feature.above(border), shares))
     return nodes

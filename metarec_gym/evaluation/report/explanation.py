@@ -82,15 +82,15 @@ def _rules(result: Mapping[str, Any]) -> str:
     rows = [
         [
             "<br>and ".join(escape(c) for c in row["if"]) or "always",
-            f"<b>{escape(row['strategy'])}</b>",
+            f"<b>{escape(row['serves'])}</b>",
             _heat(row["requests"]),
             f"{row['users']:.0%}",
             _toned(row["gain"], number(row["gain"], signed=True)),
-            "-" if row["agreement"] is None else f"{row['agreement']:.0%}",
+            "-" if row["overlap"] is None else f"{row['overlap']:.0%}",
         ]
         for row in result["rules"]["rows"]
     ]
-    head = ("when", "serve", "% of requests", "users it concerns", "gain a request [95 %]", "chooses as the policy")
+    head = ("when", "serve", "% of requests", "users it concerns", "gain a request [95 %]", "overlap with the policy")
     return (
         f"<p>{escape(setting(result))}</p>"
         + rows_table(("played", "reward a request [95 %]", "lift over the single best strategy [95 %]"), played)
