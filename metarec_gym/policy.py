@@ -99,6 +99,18 @@ class FixedPolicy(StatelessPolicy):
         return torch.where(action_mask[:, self.strategy, None], fixed, masked_uniform(action_mask))
 
 
+class FirstChoice(StatelessPolicy):
+    """Always the most probable strategy of a policy that keeps nothing between requests."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def action_probs(self, obs: Tensor, action_mask: Tensor) -> Tensor:
+        """Probability 1 for the most probable strategy."""
+        probs = self.policy.action_probs(obs, action_mask)
+        return one_hot_probs(probs.argmax(dim=1), probs.shape[1])
+
+
 class MlpPolicy(StatelessPolicy):
     """An exported tanh network: the actor of a trained agent without its training code.
 

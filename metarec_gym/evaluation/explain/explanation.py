@@ -22,7 +22,7 @@ from metarec_gym.evaluation.headroom import FOLDS, EvalSettings, horizons_of
 from metarec_gym.evaluation.intervals import Floats, Interval, mean_interval, ratio_interval
 from metarec_gym.evaluation.metrics import lift, segment_values
 from metarec_gym.evaluation.rollout import Fixed, RolloutResult, Window, per_user, pick_contexts
-from metarec_gym.policy import MlpPolicy, Policy, StatelessPolicy, one_hot_probs
+from metarec_gym.policy import FirstChoice, MlpPolicy
 from metarec_gym.seeding import numpy_rng, stream
 
 if TYPE_CHECKING:
@@ -49,18 +49,6 @@ class Explained:
 
     tree: TreePolicy
     result: dict[str, Any]
-
-
-class FirstChoice(StatelessPolicy):
-    """Always the most probable strategy of a policy that keeps nothing between requests."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-
-    def action_probs(self, obs: Tensor, action_mask: Tensor) -> Tensor:
-        """Probability 1 for the most probable strategy."""
-        probs = self.policy.action_probs(obs, action_mask)
-        return one_hot_probs(probs.argmax(dim=1), probs.shape[1])
 
 
 def explain(
