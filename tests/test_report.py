@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import html
 import io
 import re
 
 import pytest
+import torch
 
+from metarec_gym.envs import MetaRecVectorEnv
+from metarec_gym.evaluation.explain.explanation import explain
 from metarec_gym.evaluation.headroom import FOLDS, EvalSettings, Headroom, measure_headroom
 from metarec_gym.evaluation.leaderboard import (
     PolicyPlays,
@@ -22,7 +26,7 @@ from metarec_gym.evaluation.leaderboard import (
 from metarec_gym.evaluation.report import ReportData, render
 from metarec_gym.evaluation.rollout import Played, Player, rollout
 from metarec_gym.evaluation.verdict import decide
-from metarec_gym.policy import FixedPolicy, UniformPolicy
+from metarec_gym.policy import FixedPolicy, MlpPolicy, UniformPolicy
 from metarec_gym.seeding import stream
 from metarec_gym.world import World
 
@@ -121,6 +125,30 @@ def test_the_report_shows_what_the_second_judge_says_of_each_lift(
     assert "<small>second judge" not in _page(tiny_world, headroom, rows)
     again = [dataclasses.replace(row, lift_sbs_second=row.lift_sbs) for row in rows]
     assert _page(tiny_world, headroom, again).count("<small>second judge") == len(rows)
+
+
+def test_the_report_holds_the_explanation_of_a_trained_policy_or_says_how_to_get_one(
+    tiny_world: World, headroom: Headroom, rows: list[PolicyRow]
+) -> None:
+    verdict = decide(headroom.sbs_name, headroom.headrooms(), {})
+    plain = ReportData(tiny_world, headroom, rows, verdict)
+    title = "What the learned policy does, in words"
+    assert title not in render(plain)
+    command = "python -m experiments.explain --policy x"
+    assert command in render(dataclasses.replace(plain, explain_hint=command))
+    width = MetaRecVectorEnv(1, world=tiny_world).single_observation_space.shape[0]
+    weight = torch.zeros(3, width)
+    # the strategy of the category that the user takes most
+    weight[torch.arange(2), torch.arange(2)] = 50.0
+    policy = MlpPolicy([(weight, torch.zeros(3))], tiny_world.strategies, meta={"agent": "ppo", "seed": 3})
+    settings = EvalSettings(replicates=1, horizon=4)
+    explained = explain(tiny_world, policy, "A", settings, rounds=1).result
+    page = render(dataclasses.replace(plain, explanation=explained, explain_hint=command))
+    assert title in page
+    assert command not in page
+    assert "One of the trained policies: ppo, seed 3." in page
+    assert html.escape(explained["verdict"]) in page
+    assert not re.search(r'(src|href)="(?!#)', re.sub(r'xmlns(:xlink)?="[^"]*"', "", page))
 
 
 def test_the_report_is_one_file_that_asks_for_nothing_else(
