@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarec_gym.envs.observation import feature_slices
 from metarec_gym.evaluation.explain.attribution import attribute
 from metarec_gym.evaluation.explain.counterfactual import CAVEAT, counterfactual, example_states
 from metarec_gym.evaluation.explain.distil import WEIGHTS, Distilled, distil
@@ -20,7 +21,7 @@ from metarec_gym.evaluation.explain.segments import Segment, history_segments, s
 from metarec_gym.evaluation.explain.visits import Stage, Visits, visit
 from metarec_gym.evaluation.headroom import FOLDS, EvalSettings, horizons_of
 from metarec_gym.evaluation.intervals import Floats, Interval, mean_interval, ratio_interval
-from metarec_gym.evaluation.metrics import lift, segment_values
+from metarec_gym.evaluation.metrics import SEGMENTS, lift, segment_values
 from metarec_gym.evaluation.rollout import Fixed, RolloutResult, Window, per_user, pick_contexts
 from metarec_gym.policy import FirstChoice, MlpPolicy
 from metarec_gym.seeding import numpy_rng, stream
@@ -263,8 +264,6 @@ def _rules(made: Distilled, by_rules: Visits, seen: Visits, sbs: int, world: Wor
 
 def _segments(made: Distilled, seen: Visits, sbs: int, world: World, seed: int) -> tuple[list[Segment], Tensor]:
     """The table of segments, and the history segment of each request."""
-    from metarec_gym.envs.observation import feature_slices
-
     taste = feature_slices(world)["taste"]
     clusters = taste_clusters(made.visits, taste, world, seed=seed)
     history = history_segments(seen)
@@ -278,8 +277,6 @@ def _segment_lift(segment: Segment, plays: dict[str, RolloutResult], window: Win
     """Closed-loop lift of a history segment's users; None for segments that an episode can leave, or with few users."""
     if segment.group != "history at the start":
         return None
-    from metarec_gym.evaluation.metrics import SEGMENTS
-
     index = [segment.name.startswith(name) for name in SEGMENTS].index(True)
     policy, base = (
         segment_values(p.user, p.history_length, p.value(window).mean(axis=1))[index]
@@ -292,9 +289,6 @@ def _attributions(
     policy: MlpPolicy, seen: Visits, segment: Tensor, training: Visits, world: World, seed: int
 ) -> dict[str, Any]:
     """Shares of the blocks in what makes the policy choose, over all states and by history segment."""
-    from metarec_gym.envs.observation import feature_slices
-    from metarec_gym.evaluation.metrics import SEGMENTS
-
     picked = numpy_rng(seed, "attributed states").permutation(len(seen.obs))[:ATTRIBUTED]
     rows = torch.from_numpy(np.sort(picked))
     some = seen.where(rows)
