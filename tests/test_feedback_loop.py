@@ -154,6 +154,7 @@ def test_the_answer_says_what_selection_is_worth_now_and_what_was_believed() -> 
     assert (explore["lift"]["estimate"], explore["against_static"]["estimate"]) == pytest.approx((0.2, 0.05))
     assert explore["deployed_against_static"]["estimate"] == pytest.approx(0.9 * 1.05 - 1.0)
     assert found["static"]["lift"]["estimate"] == pytest.approx(0.2)
+    assert naive["lift_true_best"] == naive["lift"]
     assert (naive["true_best"], naive["entropy_bits"]) == ("a", 1.0)
     assert found["answer"].startswith("Without exploration selection did not pay in round 2: +0.0 % [+0.0, +0.0]")
     assert "its own world believed +30.0 %" in found["answer"]

@@ -31,11 +31,13 @@ def summary(rounds: Sequence[Mapping[str, Any]], args: Mapping[str, Any]) -> dic
     for row in rounds:
         true, believed = row["true"], row["believed"]
         fixed = {name: float(np.mean(true[name])) for name in row["strategies"]}
+        best = max(fixed, key=lambda name: fixed[name])
         curves.setdefault(row["arm"], []).append(
             {
                 "round": row["round"],
                 "sbs": row["sbs"],
-                "true_best": max(fixed, key=lambda name: fixed[name]),
+                "true_best": best,
+                "lift_true_best": lift(true["policy"], true[best]).to_json(),
                 "value": float(np.mean(true["policy"])),
                 "lift": lift(true["policy"], true[row["sbs"]]).to_json(),
                 "sampled_lift": lift(true["sampled"], true[row["sbs"]]).to_json(),
