@@ -12,7 +12,14 @@ from metarec_gym.evaluation.ab_test.interleaving import Sensitivity
 from metarec_gym.evaluation.ab_test.monitoring import Path
 from metarec_gym.evaluation.ab_test.planning import Plan
 from metarec_gym.evaluation.intervals import Interval
-from metarec_gym.evaluation.report import _FAINT, _INK, _SERIES, _drawing, _e, _figure, _rows_table, _section
+from metarec_gym.evaluation.report.figures import FAINT as _FAINT
+from metarec_gym.evaluation.report.figures import INK as _INK
+from metarec_gym.evaluation.report.figures import SERIES as _SERIES
+from metarec_gym.evaluation.report.figures import drawing as _drawing
+from metarec_gym.evaluation.report.figures import figure_html as _figure
+from metarec_gym.evaluation.report.parts import escape as _e
+from metarec_gym.evaluation.report.parts import rows_table as _rows_table
+from metarec_gym.evaluation.report.parts import section as _section
 
 MAX_POINTS = 400
 """Points of a drawn path; a look at every user would make a page of megabytes."""
