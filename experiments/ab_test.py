@@ -5,7 +5,7 @@
 
 In a world the users of the test fold are assigned by a salted hash, served by the control policy for some requests (the
 pre-period) and then by their arm's policy. Before that the test is planned on users of the other fold. Plays are stored: a
-killed run goes on where it was. The report comes as Markdown and as a fragment of HTML; numbers are in result.json.
+killed run goes on where it was. The report comes as one HTML file and as Markdown; numbers are in result.json.
 """
 
 from __future__ import annotations
@@ -205,6 +205,7 @@ def _report(
     from metarec_gym.evaluation.ab_test.page import TestReport, fragment, markdown
     from metarec_gym.evaluation.ab_test.playing import REWARD
     from metarec_gym.evaluation.ab_test.table import Metric, user_table
+    from metarec_gym.evaluation.report.parts import document
 
     started = time.perf_counter()
     metrics = [metric.with_covariate(table.columns) for metric in metrics]
@@ -227,13 +228,13 @@ def _report(
         )
     text = markdown(report)
     write_atomic(folder.path / "report.md", text)
-    write_atomic(folder.path / "fragment.html", fragment(report))
+    write_atomic(folder.path / "report.html", document(title, [fragment(report)]))
     _curves(folder.path, report)
     row = folder.finish(
         {**_json(report), "adaptive": adaptive, "seed": args.seed, "analysis_seconds": time.perf_counter() - started}
     )
     print(text)
-    print(f"report   {folder.path / 'report.md'} and fragment.html     curves   tensorboard --logdir {args.runs}")
+    print(f"report   {folder.path / 'report.html'}     curves   tensorboard --logdir {args.runs}")
     return row
 
 

@@ -22,9 +22,9 @@ strategy are one request; its reward is their weighted sum. More policies:
   meets every request as the first of an episode.
 
 Out come a table (every estimator x policy: value, 95 % intervals, difference to the log's own value, effective rows, largest
-weight), `off_policy.md`, `overlap.png` and `result.json`. **Claims rest on DR, named beforehand**; p-values of its differences
-are adjusted for the number of policies (Holm); the other estimators say how much the answer depends on the method. The empirical
-Bernstein bounds hold for any sample size and any overlap.
+weight) as `off_policy.html` and `off_policy.md`, `overlap.png`, `result.json`. **Claims rest on DR, named beforehand**; p-values
+of its differences are adjusted for the number of policies (Holm); the other estimators say how much the answer depends on the
+method. The empirical Bernstein bounds hold for any sample size and any overlap.
 
 Without propensities: `--estimate-propensities`, and read every number with the warning that is printed beside it.
 
@@ -48,14 +48,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.run_folder import RunFolder, code_hash, write_atomic
+from experiments.run_folder import RunFolder, code_hash, command_line, versions, write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from metarec_gym.data.impressions import ImpressionTable
     from metarec_gym.data.interactions import InteractionLog
-    from metarec_gym.evaluation.intervals import Floats
+    from metarec_gym.evaluation.intervals import Floats, Interval
     from metarec_gym.evaluation.off_policy.bandit_log import BanditLog
     from metarec_gym.evaluation.off_policy.evaluation import PolicyValue
 
@@ -228,6 +228,7 @@ def value_production(source: InteractionLog, args: Args, folder: Path) -> dict[s
     from metarec_gym.evaluation.off_policy.diagnostics import plot_overlap
     from metarec_gym.evaluation.off_policy.evaluation import HEADLINE, value_policy
     from metarec_gym.evaluation.off_policy.intervals import empirical_bernstein, t_interval
+    from metarec_gym.evaluation.off_policy.page import OffPolicyReport, claims, off_policy_page
 
     requests = requests_of(source)
     partial = folder / "requests.parquet.partial"
@@ -248,8 +249,8 @@ def value_production(source: InteractionLog, args: Args, folder: Path) -> dict[s
     for name, probs in policies.items():
         values[name] = value_policy(log, probs, model, seed=args.seed, level=args.level, samples=args.samples)
         bernstein[name] = empirical_bernstein(log, probs, bounds, level=args.level)
-    claims = {name: next(v for v in rows if v.estimator == HEADLINE) for name, rows in values.items()}
-    adjusted = dict(zip(claims, holm([v.less_logged.p_value() for v in claims.values()]), strict=True))
+    headline = {name: next(v for v in rows if v.estimator == HEADLINE) for name, rows in values.items()}
+    adjusted = dict(zip(headline, holm([v.less_logged.p_value() for v in headline.values()]), strict=True))
     logged = t_interval(single.logged_value(log), log.cluster, level=args.level)
     lines = [
         f"# Off-policy values on {log.name}",
@@ -262,7 +263,7 @@ def value_production(source: InteractionLog, args: Args, folder: Path) -> dict[s
         "| policy | DR | less the log's own value | p (Holm) | empirical Bernstein | effective rows |",
         "|---|---|---|---|---|---|",
     ]
-    for name, claim in claims.items():
+    for name, claim in headline.items():
         lines.append(
             f"| {name} | {claim.interval.as_number(4)} | {claim.less_logged.as_number(4)} | {adjusted[name]:.3f} "
             f"| {bernstein[name].as_number()} | {claim.support.effective_rows if claim.support else 0:,.0f} |"
@@ -273,6 +274,16 @@ def value_production(source: InteractionLog, args: Args, folder: Path) -> dict[s
     )
     page = "\n".join(lines)
     write_atomic(folder / "off_policy.md", page)
+    report = OffPolicyReport(
+        f"Off-policy values on {log.name}",
+        claims(values, adjusted, args.level),
+        values,
+        dict.fromkeys(values, ("What the log itself earned", logged)),
+        {name: bound.as_number() for name, bound in bernstein.items()},
+        log.warnings,
+        provenance(source.hash),
+    )
+    write_atomic(folder / "off_policy.html", off_policy_page(report))
     print(page)
     return {
         "logged": logged.to_json(),
@@ -374,9 +385,13 @@ def value_open_bandit(table: ImpressionTable, args: Args, folder: Path) -> dict[
     """Both policies of every campaign, each valued on the other's log, beside what it earned itself; writes off_policy.md."""
     from metarec_gym.evaluation.off_policy import single_action as single
     from metarec_gym.evaluation.off_policy.diagnostics import plot_overlap
-    from metarec_gym.evaluation.off_policy.evaluation import value_policy
+    from metarec_gym.evaluation.off_policy.evaluation import HEADLINE, value_policy
     from metarec_gym.evaluation.off_policy.intervals import empirical_bernstein, t_interval
+    from metarec_gym.evaluation.off_policy.page import OffPolicyReport, off_policy_page
 
+    every: dict[str, Sequence[PolicyValue]] = {}
+    references: dict[str, tuple[str, Interval]] = {}
+    bernstein, warned, overlapping = {}, list[str](), 0
     lines, result, weights = (
         [f"# Off-policy values on {table.name}, beside the mean that was really earned", ""],
         {},
@@ -392,6 +407,11 @@ def value_open_bandit(table: ImpressionTable, args: Args, folder: Path) -> dict[
             values = value_policy(log, probs, model, seed=args.seed, level=args.level, samples=args.samples)
             bounds = empirical_bernstein(log, probs, (0.0, 1.0), level=args.level)
             title = f"{campaign}: {logger} -> {target}"
+            every[title], bernstein[title] = values, bounds.as_number()
+            references[title] = (f"What {target} really earned, on its own rows", earned)
+            warned += [note for note in notes if note not in warned]
+            claim = next(v.interval for v in values if v.estimator == HEADLINE)
+            overlapping += claim.low <= earned.high and claim.high >= earned.low
             weights[title] = single.importance_weights(log, probs)
             lines += [
                 f"## {title}",
@@ -413,8 +433,18 @@ def value_open_bandit(table: ImpressionTable, args: Args, folder: Path) -> dict[
     plot_overlap(weights, folder / "overlap.png")
     page = "\n".join([*lines, "![overlap](overlap.png)", ""])
     write_atomic(folder / "off_policy.md", page)
+    answer = f"{HEADLINE}'s 95 % interval overlaps that of the mean really earned in {overlapping} of {len(every)} directions."
+    report = OffPolicyReport(
+        f"Off-policy values on {table.name}", [answer], every, references, bernstein, warned, provenance(table.hash)
+    )
+    write_atomic(folder / "off_policy.html", off_policy_page(report))
     print(page)
     return {"directions": result}
+
+
+def provenance(log_hash: str) -> dict[str, str]:
+    """What the page says of its making."""
+    return {"command": command_line(), "log": log_hash, **versions()}
 
 
 def run(args: Args) -> dict[str, Any]:
@@ -438,7 +468,7 @@ def run(args: Args) -> dict[str, Any]:
         result = folder.finish(value_production(source, args, path))
     else:
         result = folder.finish(value_open_bandit(source, args, path))
-    print(f"result   {path / 'result.json'}\ntable    {path / 'off_policy.md'}")
+    print(f"result   {path / 'result.json'}\nreport   {path / 'off_policy.html'}")
     return result
 
 

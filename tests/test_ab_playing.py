@@ -191,7 +191,11 @@ def test_the_command_plans_plays_and_reports_and_is_found_again(world_folder: Pa
     assert 0.01 < row["planned"]["reward"]["alarms"] < 0.1
     assert json.loads((folder / "result.json").read_text())["verdicts"] == row["verdicts"]
     assert (folder / "report.md").read_text().startswith("# A/B test in synthetic")
-    assert "<section>" in (folder / "fragment.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "src=" not in page
+    assert "<script" not in page
+    assert "<section>" in page
     assert list(folder.glob("events.out.tfevents.*"))
     capsys.readouterr()
     assert run(args)["key"] == row["key"]

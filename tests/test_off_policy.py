@@ -12,8 +12,11 @@ from experiments import off_policy
 from metarec_gym.data import InteractionLog
 from metarec_gym.data.impressions import load_open_bandit
 from metarec_gym.envs.replay_table import ReplayTable
+from metarec_gym.evaluation.intervals import Interval
 from metarec_gym.evaluation.off_policy.bandit_log import ESTIMATED_PROPENSITIES, BanditLog, requests_of, target_probs
-from metarec_gym.evaluation.off_policy.evaluation import HEADLINE, value_policy
+from metarec_gym.evaluation.off_policy.evaluation import HEADLINE, PolicyValue, value_policy
+from metarec_gym.evaluation.off_policy.intervals import Bounds
+from metarec_gym.evaluation.off_policy.page import claims
 from metarec_gym.policy import MlpPolicy
 
 OPEN_BANDIT = Path(__file__).resolve().parent.parent / "envs_data" / "open_bandit"
@@ -221,6 +224,22 @@ def test_the_command_values_a_production_log_end_to_end(tmp_path, capsys):
     page = (folder / "off_policy.md").read_text()
     assert page.count("| late |") == 11
     assert page in capsys.readouterr().out
+    html = (folder / "off_policy.html").read_text()
+    assert html.startswith("<!doctype html>")
+    assert html.count("<figure>") == len(found)
+    assert "src=" not in html
+
+
+def test_the_page_claims_only_what_is_sure_after_holm():
+    def row(low, high):
+        found = Interval((low + high) / 2, low, high, 0.1, 9.0, 0.95, 1, 10)
+        return PolicyValue("DR", "", found, Bounds(low, high, 0.95, "t"), found, None, ())
+
+    values = {"fresh": [row(0.1, 0.2)], "late": [row(-0.1, 0.2)]}
+    (sure,) = claims(values, {"fresh": 0.02, "late": 0.4}, 0.95)
+    assert sure.startswith("fresh would have earned more than the log did: ")
+    (nothing,) = claims(values, {"fresh": 0.06, "late": 0.4}, 0.95)
+    assert nothing == "No policy surely differs from what the log earned (at 95%, DR, Holm)."
 
 
 def test_estimated_propensities_are_said_on_the_page_and_in_the_result(tmp_path, capsys):
