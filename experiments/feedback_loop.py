@@ -5,9 +5,10 @@
 
 A round builds a world from a log, trains a policy in it, and serves new users by it; what they answer is the next round's log,
 and the only one: an item that was never shown is forgotten. A fixed truth answers in every round and says what policy and
-strategies are worth: the model that made a synthetic log, or, for a real log, fold B's judge of its original world. Three arms
-start from the same first round: `naive` always serves the policy's most probable strategy, `explore` serves a strategy drawn
-uniformly in a share of the requests, and `static` keeps the first round's strategies and policy for ever. A killed run goes on
+strategies are worth: the model that made a synthetic log, or, for a real log, fold B's judge of its original world. Four arms
+start from the same first round: `naive` always serves the policy's most probable strategy; `explore` serves a strategy drawn
+uniformly in a share of the requests; `reweighted` serves as `explore`, and refits on its requests kept in inverse proportion to their
+logged propensity, as if all strategies had been drawn alike; `static` keeps the first round's strategies and policy for ever. A killed run goes on
 where it was.
 """
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from metarec_gym.policy import MlpPolicy, Policy
     from metarec_gym.world import World
 
-ARMS = ("naive", "explore")
+ARMS = ("naive", "explore", "reweighted")
 """Arms that are refitted."""
 JUDGED_COHORT = 1_000_000
 """Cohort whose users judge every round; deployments serve others."""
@@ -51,7 +52,7 @@ class Args:
     rounds: int = 5
     """Rounds; the first one is the same for all arms."""
     exploration: float = 0.2
-    """Share of requests that the exploring arm serves by a strategy drawn uniformly."""
+    """Share of requests that the exploring arms serve by a strategy drawn uniformly."""
     pool: tuple[str, ...] = ("popular", "long_tail", "item_knn", "ease", "content")
     """Strategies, fitted anew in every round."""
     horizon: int = 32
@@ -205,13 +206,13 @@ class _Loop:
         import pandas as pd
 
         from metarec_gym.data.interactions import InteractionLog
-        from metarec_gym.evaluation.deployment import Exploring, emit
+        from metarec_gym.evaluation.deployment import Exploring, emit, thinned
         from metarec_gym.policy import FirstChoice
 
         place, args = self.folder / f"{arm}_{number}" / "log", self.args
         if (place / "log.json").is_file():
             return InteractionLog.load(place)
-        serving = Exploring(FirstChoice(policy), args.exploration if arm == "explore" else 0.0)
+        serving = Exploring(FirstChoice(policy), 0.0 if arm == "naive" else args.exploration)
         parts = [
             emit(
                 live,
@@ -226,8 +227,12 @@ class _Loop:
             for copy in range(args.copies)
         ]
         shown, served = (np.sum([getattr(p, name) for p in parts], axis=0) for name in ("shown", "served"))
+        frames = [p.frame for p in parts]
+        if arm == "reweighted":
+            lowest = args.exploration / live.n_strategies
+            frames = [thinned(f, lowest, seed=args.seed, cohort=number * args.copies + c) for c, f in enumerate(frames)]
         log = InteractionLog.from_frame(
-            pd.concat([p.frame for p in parts], ignore_index=True),
+            pd.concat(frames, ignore_index=True),
             name=given.name,
             outcomes=given.outcomes,
             outcome_weights=given.outcome_weights,
@@ -300,6 +305,8 @@ def run(args: Args) -> dict[str, Any]:
             f"--horizon is {args.horizon} and --rounds {args.rounds}; expected at least {FEWEST_REQUESTS} requests (what one "
             "user sees may be all that the next round knows of the catalogue) and 2 rounds"
         )
+    if not 0.0 < args.exploration <= 1.0:
+        raise ValueError(f"--exploration is {args.exploration}, expected a share above 0 and at most 1")
     truth, log = _synthetic(args) if args.log is None and args.world is None else _real(args)
     asked = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("runs", "quiet", "log", "world")}
     code = code_hash(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from experiments import feedback_loop
 from metarec_gym.data.interactions import InteractionLog
 from metarec_gym.data.synthetic import behaviour_log
 from metarec_gym.evaluation import deployment
-from metarec_gym.evaluation.deployment import Exploring, Truth, behaviour_world, deployed, emit
+from metarec_gym.evaluation.deployment import Exploring, Truth, behaviour_world, deployed, emit, thinned
 from metarec_gym.evaluation.feedback import DID_NOT, OPEN, PAID, paid, summary
 from metarec_gym.evaluation.report.feedback import feedback_markdown, feedback_page
 from metarec_gym.evaluation.rollout import Fixed, rollout
@@ -93,6 +94,23 @@ def test_the_log_of_a_deployment_is_a_log_with_impressions(truth: Truth, world: 
     assert log.has_impressions
     assert len(log.frame) == len(emitted.frame)
     assert {"propensity", "strategy", "position"} <= set(log.frame.columns)
+
+
+def test_thinning_by_propensity_leaves_the_log_of_a_uniform_choice() -> None:
+    # of 20,000 requests of 2 items: strategy a with propensity 0.9 in 18,000, b with 0.1 in 2,000
+    strategy = np.repeat(["a"] * 18_000 + ["b"] * 2_000, 2)
+    frame = pd.DataFrame({"user_id": np.repeat(np.arange(20_000), 2), "timestamp": 0.0, "strategy": strategy})
+    frame["propensity"] = np.where(strategy == "a", 0.9, 0.1)
+    kept = thinned(frame, 0.1, seed=0, cohort=0)
+    counts = kept["strategy"].value_counts()
+    # all of b; of a each with 1/9: 2,000 +- 42 requests (one standard error)
+    assert counts["b"] == 4_000
+    assert counts["a"] / 2 == pytest.approx(2_000, abs=4 * 42)
+    # whole requests
+    assert set(kept["user_id"].value_counts()) == {2}
+    assert kept.equals(thinned(frame, 0.1, seed=0, cohort=0))
+    with pytest.raises(ValueError, match="without exploration some strategies are never chosen"):
+        thinned(frame, 0.0, seed=0, cohort=0)
 
 
 def test_an_exploration_share_is_a_share() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metarec_gym.policy import Policy, StatelessPolicy, masked_uniform, sample_actions
 from metarec_gym.response.frozen import DYNAMIC_FEATURES, AnyJudge, FrozenResponse, untimed
-from metarec_gym.seeding import fold_in, mix, stream, uniform
+from metarec_gym.seeding import fold_in, mix, numpy_rng, stream, uniform
 from metarec_gym.world import FOLDS, World, list_stats
 
 if TYPE_CHECKING:
@@ -263,6 +263,34 @@ def emit(
         alive = alive & ~(terminated | truncated)
     env.close()
     return Emitted(pd.concat(parts, ignore_index=True), served, shown)
+
+
+def thinned(frame: pd.DataFrame, lowest: float, *, seed: int, cohort: int) -> pd.DataFrame:
+    """The log that a uniform choice of the strategies would have left: requests kept in inverse proportion to their propensity.
+
+    A request is kept with probability lowest / propensity (rejection sampling): a strategy that was chosen often loses most of its
+    requests, so that what is kept no longer depends on who chose. Of n requests about n * lowest * K are left.
+
+    Args:
+        frame: Of `emit`.
+        lowest: Smallest propensity that a strategy can have.
+        seed: Decides which requests are kept.
+        cohort: Of the frame; each cohort has draws of its own.
+
+    Returns:
+        The rows of the requests that were kept, in order.
+
+    Raises:
+        ValueError: When `lowest` is 0, or above a propensity of the frame.
+    """
+    if not 0.0 < lowest <= frame["propensity"].min() + 1e-6:
+        raise ValueError(
+            f"the lowest propensity is {lowest}, expected a number above 0 and at most {frame['propensity'].min()}, the lowest of "
+            "the log: without exploration some strategies are never chosen, and no weight can bring them back"
+        )
+    request = frame.groupby(["user_id", "timestamp"], sort=False).ngroup().to_numpy()
+    draw = numpy_rng(seed, "thinning", cohort).random(request.max() + 1)[request]
+    return frame[draw < lowest / frame["propensity"].to_numpy()]
 
 
 def behaviour_world(truth: BehaviourTruth, *, users: int, slate_size: int, seed: int) -> World:

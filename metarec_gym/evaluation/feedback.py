@@ -75,7 +75,8 @@ def percent(interval: Mapping[str, float]) -> str:
 
 
 def _answer(curves: Mapping[str, Sequence[Mapping[str, Any]]], kept: Interval, args: Mapping[str, Any]) -> str:
-    names = {"naive": "without exploration", "explore": f"with {args['exploration']:.0%} exploration"}
+    share = f"with {args['exploration']:.0%} exploration"
+    names = {"naive": "without exploration", "explore": share, "reweighted": f"{share} and logged propensities"}
     parts = []
     for arm, curve in curves.items():
         last = curve[-1]

@@ -214,6 +214,8 @@ def _monitoring(report: TestReport) -> list[str | Table]:
     for arm, path in report.paths.items():
         at = path.decided_at()
         end = f"{path.effect[-1]:+.4f} [{path.low[-1]:+.4f}, {path.high[-1]:+.4f}]"
+        if not np.isfinite(path.effect[-1]):
+            end = f"too few users for bounds ({path.users[-1]:,})"
         conversion = report.conversions.get(arm)
         row = [arm, "not decided" if at is None else f"after {at:,} users", end, f"{path.p_value[-1]:.2g}"]
         rows.append([*row, "-" if conversion is None else f"{conversion:.2g}"])

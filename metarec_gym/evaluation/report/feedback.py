@@ -23,9 +23,9 @@ HEAD = (
     "strategies used",
 )
 WEIGHTS = (
-    "The logs carry the propensity of every choice, but the fits of strategies and judges take no weights: what remedies the "
-    "loop here is exploration alone. Thinning the log by rejection (keeping a request with probability proportional to "
-    "1 / propensity) would do without weights, at the price of nearly all requests of a greedy policy."
+    "The logs carry the propensity of every choice. The arm `reweighted` uses it: its fits take no weights, so a request is kept with "
+    "probability proportional to 1 / propensity (rejection sampling), which leaves the log of a uniform choice of the strategies, "
+    "at the price of as many requests as were not explored."
 )
 
 
