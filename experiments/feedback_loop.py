@@ -7,9 +7,9 @@ A round builds a world from a log, trains a policy in it, and serves new users b
 and the only one: an item that was never shown is forgotten. A fixed truth answers in every round and says what policy and
 strategies are worth: the model that made a synthetic log, or, for a real log, fold B's judge of its original world. Four arms
 start from the same first round: `naive` always serves the policy's most probable strategy; `explore` serves a strategy drawn
-uniformly in a share of the requests; `reweighted` serves as `explore`, and refits on its requests kept in inverse proportion to their
-logged propensity, as if all strategies had been drawn alike; `static` keeps the first round's strategies and policy for ever. A killed run goes on
-where it was.
+uniformly in a share of the requests; `reweighted` serves as `explore`, and refits on its requests kept in inverse proportion to
+their logged propensity, as if all strategies had been drawn alike; `static` keeps the first round's strategies and policy for
+ever. A killed run goes on where it was.
 """
 
 from __future__ import annotations

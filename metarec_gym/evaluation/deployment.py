@@ -268,8 +268,8 @@ def emit(
 def thinned(frame: pd.DataFrame, lowest: float, *, seed: int, cohort: int) -> pd.DataFrame:
     """The log that a uniform choice of the strategies would have left: requests kept in inverse proportion to their propensity.
 
-    A request is kept with probability lowest / propensity (rejection sampling): a strategy that was chosen often loses most of its
-    requests, so that what is kept no longer depends on who chose. Of n requests about n * lowest * K are left.
+    A request is kept with probability lowest / propensity (rejection sampling): a strategy that was chosen often loses most of
+    its requests, so that what is kept no longer depends on who chose. Of n requests about n * lowest * K are left.
 
     Args:
         frame: Of `emit`.
@@ -283,14 +283,16 @@ def thinned(frame: pd.DataFrame, lowest: float, *, seed: int, cohort: int) -> pd
     Raises:
         ValueError: When `lowest` is 0, or above a propensity of the frame.
     """
-    if not 0.0 < lowest <= frame["propensity"].min() + 1e-6:
+    propensity = frame["propensity"].to_numpy()
+    if not 0.0 < lowest <= propensity.min() + 1e-6:
         raise ValueError(
-            f"the lowest propensity is {lowest}, expected a number above 0 and at most {frame['propensity'].min()}, the lowest of "
-            "the log: without exploration some strategies are never chosen, and no weight can bring them back"
+            f"the lowest propensity is {lowest}, expected a number above 0 and at most {propensity.min()}, the lowest of the "
+            "log: without exploration some strategies are never chosen, and no weight can bring them back"
         )
     request = frame.groupby(["user_id", "timestamp"], sort=False).ngroup().to_numpy()
     draw = numpy_rng(seed, "thinning", cohort).random(request.max() + 1)[request]
-    return frame[draw < lowest / frame["propensity"].to_numpy()]
+    kept: pd.DataFrame = frame[draw < lowest / propensity]
+    return kept
 
 
 def behaviour_world(truth: BehaviourTruth, *, users: int, slate_size: int, seed: int) -> World:

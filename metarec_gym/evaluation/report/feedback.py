@@ -23,9 +23,9 @@ HEAD = (
     "strategies used",
 )
 WEIGHTS = (
-    "The logs carry the propensity of every choice. The arm `reweighted` uses it: its fits take no weights, so a request is kept with "
-    "probability proportional to 1 / propensity (rejection sampling), which leaves the log of a uniform choice of the strategies, "
-    "at the price of as many requests as were not explored."
+    "The logs carry the propensity of every choice. The arm `reweighted` uses it: the fits take no weights, so a request is kept "
+    "with probability proportional to 1 / propensity (rejection sampling), which leaves the log of a uniform choice of the "
+    "strategies, at the price of as many requests as were not explored."
 )
 
 
