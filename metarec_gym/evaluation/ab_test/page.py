@@ -129,7 +129,7 @@ def fragment(report: TestReport) -> str:
             else _rows_table([_e(h) for h in part.head], [[_e(c) for c in row] for row in part.rows])
             for part in content
         ]
-        if title == "While it ran":
+        if title == "While it ran" and any(np.isfinite(path.effect).any() for path in report.paths.values()):
             body.append(_plot(report))
         out.append(_section(title, "\n".join(body)))
     return "\n".join(out) + "\n"
