@@ -31,9 +31,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_the_scenarios_have_the_names_that_they_are_cited_by():
     families = ("Select", "Blend", "Slots", "Tune")
-    named = {
-        f"MetaRec/{log}-{family}-v0" for log in ("MovieLens100K", "MovieLens1M", "Deskdrop") for family in families
-    }
+    named = {f"MetaRec/{log}-{family}-v0" for log in ("MovieLens100K", "Deskdrop") for family in families}
     assert set(SCENARIOS) == named | {"MetaRec/OpenBandit-Replay-v0"}
     assert all(scenario.id == env_id for env_id, scenario in SCENARIOS.items())
 
@@ -74,7 +72,7 @@ def test_a_name_is_found_below_the_current_directory_and_where_the_variable_says
 
 def test_a_missing_world_is_answered_with_commands_that_exist(elsewhere, monkeypatch):
     with pytest.raises(FileNotFoundError) as error:
-        gymnasium.make("MetaRec/MovieLens1M-Select-v0")
+        gymnasium.make("MetaRec/Select-v0", world="movielens_1m")
     assert "no world 'movielens_1m' at worlds/movielens_1m (or set METAREC_WORLDS" in str(error.value)
     prepare, build = (line.strip() for line in str(error.value).splitlines()[1:])
     assert prepare == "python -m envs_data.movielens_1m.prepare"
