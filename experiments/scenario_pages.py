@@ -161,7 +161,7 @@ def _origin(scenario: Scenario, env: Any, folder: Path) -> str:
 def _make(scenario: Scenario) -> str:
     steps = commands(scenario.log, world=Path("worlds") / scenario.log if scenario.has_world else None)
     shell = "\n".join(steps)
-    code = f'import gymnasium as gym\nimport metarec_gym\nenv = gym.make("{scenario.id}")'
+    code = f'import gymnasium as gym\nimport metarec_gym\n\nenv = gym.make("{scenario.id}")'
     return f"Once, from the repository's root:\n\n```\n{shell}\n```\n\nThen:\n\n```python\n{code}\n```"
 
 

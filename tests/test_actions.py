@@ -99,6 +99,12 @@ def test_a_fusion_of_scores_worked_out_by_hand():
     assert plan.slate.tolist() == [[1, 2, -1]]
 
 
+def test_a_fusion_by_scores_without_scores_is_refused_and_never_falls_back_to_ranks():
+    shown, everyone = torch.tensor([[0, 0, 1]], dtype=torch.uint8), torch.ones(1, 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match="a fusion by zscore needs the scores of the lists"):
+        blend(torch.tensor([[[0, 1]]]), None, shown, everyone, torch.ones(1, 1), 1, "zscore")
+
+
 def test_a_fusion_of_scores_never_serves_an_item_that_only_a_weightless_strategy_lists():
     lists = torch.tensor([[[0, 4], [2, 3]]], dtype=torch.int32)
     scores = torch.tensor([[[9.0, 8.0], [0.0, 0.0]]], dtype=torch.float16)

@@ -131,6 +131,9 @@ def blend(
         action: float32 (rows, K) in [-1, 1].
         slate_size: Items wanted.
         fusion: "rank", "linear_rank" or "zscore".
+
+    Raises:
+        ValueError: When `fusion` is "zscore" and there are no scores.
     """
     weight = blend_weights(action)
     depth = FUSION_SLATES * slate_size
@@ -142,7 +145,9 @@ def blend(
     # linear ranks times the depth: whole numbers, so that equal scores tie exactly
     worth = 1.0 / (RANK_CONSTANT + rank) if fusion == "rank" else depth + 1.0 - rank
     worth = worth.expand(rows, strategies, -1)
-    if z is not None and fusion == "zscore":
+    if fusion == "zscore":
+        if z is None:
+            raise ValueError("a fusion by zscore needs the scores of the lists; hand them over, or fuse by rank")
         lowest = z.masked_fill(heads < 0, torch.inf).amin(dim=2, keepdim=True)
         worth = torch.where(heads < 0, 0.0, z - lowest + LISTED)
     serving = weight * available

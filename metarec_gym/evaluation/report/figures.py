@@ -26,20 +26,25 @@ class drawing:
 
         figure = Figure(figsize=(8.6, self.height))
         axes = figure.add_subplot()
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_color(INK)
-        axes.tick_params(colors=INK, labelsize=9)
-        axes.xaxis.label.set_color(INK)
-        axes.yaxis.label.set_color(INK)
-        axes.set_axisbelow(True)
-        axes.patch.set_alpha(0.0)
+        style_axes(axes)
         figure.patch.set_alpha(0.0)
         return figure, axes
 
     def __exit__(self, *error: object) -> None:
         return None
+
+
+def style_axes(axes: Any) -> None:
+    """Axes as every figure of a page has them; `drawing` does it for its own, a figure of several asks for the others."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    axes.set_axisbelow(True)
+    axes.patch.set_alpha(0.0)
 
 
 def figure_html(figure: Any, caption: str, name: str) -> str:

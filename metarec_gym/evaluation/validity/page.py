@@ -9,7 +9,7 @@ from typing import Any
 from metarec_gym.evaluation.intervals import Interval
 from metarec_gym.evaluation.report.figures import FAINT as _FAINT
 from metarec_gym.evaluation.report.figures import INK as _INK
-from metarec_gym.evaluation.report.figures import MAX_CURVES
+from metarec_gym.evaluation.report.figures import MAX_CURVES, style_axes
 from metarec_gym.evaluation.report.figures import SERIES as _SERIES
 from metarec_gym.evaluation.report.figures import drawing as _drawing
 from metarec_gym.evaluation.report.figures import figure_html as _figure
@@ -188,7 +188,7 @@ def _calibration(validity: Mapping[str, Any]) -> str:
         figure.clear()
         panels = figure.subplots(1, len(shown), squeeze=False)[0]
         for index, (axes, (name, curve, _)) in enumerate(zip(panels, shown, strict=True)):
-            _restyle(axes)
+            style_axes(axes)
             top = 1.05 * max(*curve["predicted"], *curve["observed"])
             axes.plot([0, top], [0, top], color=_FAINT, linewidth=1.2)
             if "low" in curve:
@@ -213,18 +213,6 @@ def _range(value: float | None, low: float | None, high: float | None, *, percen
     scale, digits, unit = (100.0, 1, " %") if percent else (1.0, 3, "")
     text = f"{scale * value:.{digits}f}{unit}"
     return text if low is None or high is None else f"{text} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
-
-
-def _restyle(axes: Any) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_INK)
-    axes.tick_params(colors=_INK, labelsize=9)
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
-    axes.set_axisbelow(True)
-    axes.patch.set_alpha(0.0)
 
 
 def _rates(validity: Mapping[str, Any]) -> str:
