@@ -46,6 +46,16 @@ def test_standard_errors_cover_the_truth_nineteen_times_in_twenty():
     assert 0.87 <= sum(covered) / len(covered) <= 1.0
 
 
+def test_the_decay_per_doubling_is_found_within_two_standard_errors():
+    generator = torch.Generator().manual_seed(3)
+    item, position = torch.randint(10, (200_000,), generator=generator), torch.randint(4, (200_000,), generator=generator)
+    logit = -1.5 + 0.2 * (item - 4.5) - 0.4 * torch.log2(1.0 + position)
+    click = (torch.rand(len(item), generator=generator) < torch.sigmoid(logit)).to(torch.float64)
+    decay, error = fit_position(item, position, click).decay
+    assert abs(decay - 0.4) <= 2.0 * error
+    assert error < 0.02
+
+
 def test_too_few_clicks_are_refused():
     with pytest.raises(ValueError, match=r"2 positions with \[1, 0\] clicks"):
         fit_position(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([1.0, 0.0]))

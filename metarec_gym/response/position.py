@@ -28,12 +28,28 @@ class PositionEffect:
 
     logit: Tensor
     """float64 (n_positions,): a_j, the first place is 0."""
-    standard_error: Tensor
-    """float64 (n_positions,): of a_j - a_0."""
+    covariance: Tensor
+    """float64 (n_positions - 1, n_positions - 1): of the places after the first."""
     n_rows: int
     """Impressions."""
     n_clicks: int
     """Clicks among them."""
+
+    @property
+    def standard_error(self) -> Tensor:
+        """float64 (n_positions,): of a_j - a_0."""
+        return torch.cat([self.covariance.new_zeros(1), self.covariance.diagonal().sqrt()])
+
+    @property
+    def decay(self) -> tuple[float, float]:
+        """Logit lost per doubling of the place, and its standard error: what `position_decay` of the environments means.
+
+        Generalised least squares of the places' effects on -log2(1 + j).
+        """
+        x = -torch.log2(1.0 + torch.arange(1, len(self.logit), dtype=torch.float64))
+        weighted = torch.linalg.solve(self.covariance, x)
+        precision = float(weighted @ x)
+        return float(weighted @ self.logit[1:]) / precision, precision**-0.5
 
     @property
     def identified(self) -> bool:
@@ -91,8 +107,7 @@ def fit_position(item: Tensor, position: Tensor, click: Tensor, *, l2: float = 2
             break
     covariance = torch.linalg.inv(information)
     places = torch.cat([theta.new_zeros(1), theta[1 + n_items :]])
-    error = torch.cat([theta.new_zeros(1), covariance.diagonal()[1 + n_items :].sqrt()])
-    return PositionEffect(places, error, len(y), int(y.sum()))
+    return PositionEffect(places, covariance[1 + n_items :, 1 + n_items :], len(y), int(y.sum()))
 
 
 def _information(weight: Tensor) -> Tensor:
