@@ -316,7 +316,7 @@ class _Comparer:
             path = str(trained.path / "policy.safetensors")
             for table, fold in (*((table, test) for table in scored), ("train", job.fold)):
                 add(table, job.agent, fold, job.seed, play_policy, f"seed{job.seed}_{trained.key}", {"path": path})
-        code = code_hash(["agents/bandits.py", "experiments/compare.py"])
+        code = code_hash(["agents/bandits", "experiments/compare.py"])
         for name in (a for a in self.agents if a in BANDITS):
             for seed in range(min(self.args.seeds or BANDITS[name], BANDITS[name])):
                 for train, test in (FOLDS, FOLDS[::-1]):
@@ -500,7 +500,7 @@ def run(args: Args) -> Comparison:
         "agents": comparer.agents,
         "rescored": comparer.second is not None,
         "trainings": [train_folder(job).key for job in jobs],
-        "code": code_hash([*PLAY_CODE, "agents/bandits.py"]),
+        "code": code_hash([*PLAY_CODE, "agents/bandits"]),
     }
     folder = RunFolder(args.runs, f"compare_{world.name}", facts)
     folder.begin(args, comparer.command)
