@@ -16,7 +16,9 @@ batch. `save` and `load_bandit` write and read safetensors with a JSON header.
 """
 
 from agents.bandits.hierarchical import Features, HierarchicalUcb, PriorBandit, Served, restart, serve
+from agents.bandits.lessons import BANDITS
 from agents.bandits.linear import HybridLinTs, HybridLinUcb, LinTs, LinUcb
+from agents.bandits.neural import NeuralLinear
 from agents.bandits.per_user import (
     BetaThompson,
     EpsilonGreedy,
@@ -28,8 +30,10 @@ from agents.bandits.per_user import (
 )
 from agents.bandits.population import PopulationThompson, PopulationUcb
 from agents.bandits.shared import best_of, load_bandit
+from agents.bandits.tuned import learn_tuned, race
 
 __all__ = [
+    "BANDITS",
     "BetaThompson",
     "EpsilonGreedy",
     "Exp3",
@@ -40,6 +44,7 @@ __all__ = [
     "HybridLinUcb",
     "LinTs",
     "LinUcb",
+    "NeuralLinear",
     "PopulationThompson",
     "PopulationUcb",
     "PriorBandit",
@@ -48,7 +53,9 @@ __all__ = [
     "Ucb1",
     "best_of",
     "gamma_draws",
+    "learn_tuned",
     "load_bandit",
+    "race",
     "restart",
     "serve",
 ]

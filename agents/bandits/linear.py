@@ -231,8 +231,8 @@ class LinTs(LinUcb):
 class HybridLinUcb(_Linear):
     """Hybrid LinUCB (Li et al., 2010, algorithm 2): features of a strategy times features of the user share coefficients.
 
-    E[r] = z_a . beta + x . theta_a, with x the user's features and a constant, and z_a the outer product of x with the strategy's
-    own features. What is learned of a strategy through its features (what its list looks like, how often it served) holds
+    E[r] = z_a . beta + x . theta_a, with x the user's features and a constant, and z_a the outer product of the strategy's own
+    features with the crossed part of x. What is learned of a strategy through its features (what its list looks like, how often it served) holds
     for all of them. Kept as sums over requests; beta is solved from the Schur complement, which equals the paper's updates.
 
     Args:
@@ -240,6 +240,7 @@ class HybridLinUcb(_Linear):
         obs_dim: Width of the observation.
         own: First columns of blocks of K columns: column `own[j] + a` is feature j of strategy a.
         shared: Columns that describe the user; None takes all that are in no block of `own`.
+        crossed: Columns that multiply the strategy's features, besides a constant; None takes `shared`.
         alpha: Width of the confidence bound, in standard deviations of the noise.
         ridge: Prior precision of the coefficients.
         online: The model goes on learning after `learn`; False freezes it, and then the mean decides without a bound.
@@ -262,6 +263,7 @@ class HybridLinUcb(_Linear):
         own: list[int],
         *,
         shared: list[int] | None = None,
+        crossed: list[int] | None = None,
         alpha: float = 0.5,
         ridge: float = 1.0,
         online: bool = False,
@@ -277,8 +279,9 @@ class HybridLinUcb(_Linear):
         inside = {start + k for start in own for k in range(num_strategies)}
         self.own = [int(start) for start in own]
         self.shared = [c for c in range(obs_dim) if c not in inside] if shared is None else [int(c) for c in shared]
-        self.settings |= {"own": self.own, "shared": self.shared}
-        x, z = len(self.shared) + 1, len(self.own) * (len(self.shared) + 1)
+        self.crossed = list(self.shared) if crossed is None else [int(c) for c in crossed]
+        self.settings |= {"own": self.own, "shared": self.shared, "crossed": self.crossed}
+        x, z = len(self.shared) + 1, len(self.own) * (len(self.crossed) + 1)
         self.gram = torch.eye(x, dtype=torch.float64).mul(self.ridge).repeat(num_strategies, 1, 1)
         self.moment = torch.zeros(num_strategies, x, dtype=torch.float64)
         self.cross = torch.zeros(num_strategies, x, z, dtype=torch.float64)
@@ -288,10 +291,11 @@ class HybridLinUcb(_Linear):
         self._keep()
 
     def features(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """X (num_rows, len(shared) + 1) and z (num_rows, K, len(own) * (len(shared) + 1))."""
+        """X (num_rows, len(shared) + 1) and z (num_rows, K, len(own) * (len(crossed) + 1))."""
         x = with_constant(obs[:, self.shared])
         own = torch.stack([obs[:, start : start + self.num_strategies] for start in self.own], dim=2)
-        return x, (own[:, :, :, None] * x[:, None, None, :]).flatten(2)
+        user = with_constant(obs[:, self.crossed])
+        return x, (own[:, :, :, None] * user[:, None, None, :]).flatten(2)
 
     def _solve(self) -> None:
         white = whitener(self.gram)

@@ -87,7 +87,9 @@ def kalman(
     return mean + gain * surprise[:, None], cov - gain[:, :, None] * column[:, None, :]
 
 
-def drift(mean: Tensor, cov: Tensor, prior_mean: Tensor, prior_cov: Tensor, memory: float, alive: Tensor) -> Any:
+def drift(
+    mean: Tensor, cov: Tensor, prior_mean: Tensor, prior_cov: Tensor, memory: float, alive: Tensor
+) -> tuple[Tensor, Tensor]:
     """One request later: deviations from the prior keep the share `memory`, the rest is drawn anew (first-order autoregression).
 
     The population's spread stays what it is: Cov <- memory^2 Cov + (1 - memory^2) prior.
@@ -105,7 +107,8 @@ def posterior_draws(seed: int, request: Tensor, draws: int, mean: Tensor, cov: T
     jitter = 1e-9 * torch.eye(mean.shape[1], dtype=cov.dtype, device=cov.device)
     factor = torch.linalg.cholesky(cov + jitter)
     standard = normal(draw_keys(seed, "population", request, draws, mean.shape[1])).to(cov.dtype)
-    return mean[:, None] + scale * standard @ factor.transpose(1, 2)
+    samples: Tensor = mean[:, None] + scale * standard @ factor.transpose(1, 2)
+    return samples
 
 
 class PopulationUcb(Saved):

@@ -85,7 +85,8 @@ def play(
         obs, reward, terminated, truncated, infos = env.step(action if isinstance(obs, Tensor) else action.numpy())
         done = torch.as_tensor(terminated, device=rows.device) | torch.as_tensor(truncated, device=rows.device)
         learn(rows, action, torch.as_tensor(reward, dtype=torch.float32, device=rows.device), done)
-    return steps * int(env.num_envs)
+    served: int = steps * int(env.num_envs)
+    return served
 
 
 class Saved:
