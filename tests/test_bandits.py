@@ -19,7 +19,7 @@ from metarec_gym.seeding import numpy_rng, torch_generator
 
 K = 4
 ALL = torch.ones(1, K, dtype=torch.bool)
-OBS = torch.zeros(1, 3)
+OBS = torch.zeros(1, 3 + K)
 
 
 @pytest.fixture(autouse=True)
@@ -88,14 +88,29 @@ def feed(policy: Any, pairs: list[tuple[int, float]]) -> Any:
 
 
 def every_policy() -> list[Any]:
+    hybrid = {"num_strategies": K, "obs_dim": 3 + K, "own": [3]}
     return [
         bandits.EpsilonGreedy(K),
+        bandits.EpsilonGreedy(K, discount=0.8),
+        bandits.Softmax(K),
         bandits.Ucb1(K),
         bandits.GaussianThompson(K, 0),
         bandits.BetaThompson(K, 0),
-        bandits.LinUcb(K, 3, online=True),
+        bandits.Exp3(K),
+        bandits.LinUcb(K, 3 + K, online=True),
+        bandits.LinTs(K, 3 + K, online=True),
+        bandits.HybridLinUcb(**hybrid, online=True),
+        bandits.HybridLinTs(**hybrid, online=True),
+        bandits.NeuralLinear(K, 3 + K, hidden=8),
         bandits.PopulationUcb(K),
+        bandits.PopulationThompson(K, memory=0.9),
+        bandits.HierarchicalUcb(K, bandits.Features((0, 1), (3,), (2,), (3,)), memory=0.9),
+        bandits.HierarchicalUcb(K, bandits.Features((0, 1)), thompson=True, lead=(0, 2), margin=0.5),
     ]
+
+
+SHARED = bandits.LinUcb | bandits.HybridLinUcb
+"""Their models are shared by the rows by design."""
 
 
 def test_epsilon_greedy_tries_each_strategy_and_then_prefers_the_best_mean() -> None:
@@ -195,10 +210,10 @@ def test_a_user_gets_the_same_probabilities_in_any_batch() -> None:
     generator = torch_generator(0, "rows")
     actions = torch.randint(0, K, (6, 5), generator=generator)
     rewards = torch.rand(6, 5, generator=generator)
-    obs, on = torch.rand(5, 3, generator=generator), torch.ones(5, dtype=torch.bool)
+    obs, on = torch.rand(5, 3 + K, generator=generator), torch.ones(5, dtype=torch.bool)
     for policy in every_policy():
-        if isinstance(policy, bandits.LinUcb):
-            continue  # its models are shared by the rows by design
+        if isinstance(policy, SHARED):
+            continue
         policy.begin(5)
         for action, reward in zip(actions, rewards, strict=True):
             policy.observe(obs, action, reward, on)
@@ -206,7 +221,7 @@ def test_a_user_gets_the_same_probabilities_in_any_batch() -> None:
         policy.begin(1)
         for action, reward in zip(actions, rewards, strict=True):
             policy.observe(obs[3:4], action[3:4], reward[3:4], on[:1])
-        assert torch.equal(policy.action_probs(obs[3:4], ALL)[0], together[3])
+        torch.testing.assert_close(policy.action_probs(obs[3:4], ALL)[0], together[3], atol=1e-6, rtol=0)
 
 
 def test_what_follows_the_end_of_an_episode_is_not_learned() -> None:

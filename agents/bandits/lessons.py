@@ -104,7 +104,7 @@ def learn_lints(lesson: Any) -> LinTs:
     return bandit
 
 
-def _parts(world: Any) -> dict[str, list[int]]:
+def _parts(world: Any) -> dict[str, Any]:
     """What the hybrid models see: a strategy's list and what it got from the user so far; the user, counts included."""
     from metarec_gym.envs.observation import feature_slices
 

@@ -232,7 +232,8 @@ class HybridLinUcb(_Linear):
     """Hybrid LinUCB (Li et al., 2010, algorithm 2): features of a strategy times features of the user share coefficients.
 
     E[r] = z_a . beta + x . theta_a, with x the user's features and a constant, and z_a the outer product of the strategy's own
-    features with the crossed part of x. What is learned of a strategy through its features (what its list looks like, how often it served) holds
+    features with the crossed part of x. What is learned of a strategy through its features (what its list looks like, how often
+    it served) holds
     for all of them. Kept as sums over requests; beta is solved from the Schur complement, which equals the paper's updates.
 
     Args:

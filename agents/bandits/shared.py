@@ -43,7 +43,7 @@ def win_shares(samples: Tensor, action_mask: Tensor) -> Tensor:
 
 def with_constant(obs: Tensor) -> Tensor:
     """A column of ones on the right; (num_rows, d) -> (num_rows, d + 1)."""
-    return torch.cat([obs, torch.ones_like(obs[:, :1])], dim=1)
+    return torch.cat([obs, obs.new_ones(len(obs), 1)], dim=1)
 
 
 def play(
