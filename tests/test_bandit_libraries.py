@@ -142,7 +142,7 @@ def test_the_linear_model_predicts_what_vowpal_wabbits_ridge_regression_predicts
     # Vowpal Wabbit minimises sum (y - w'x)^2 + l2 / 2 ||w||^2: a ridge of l2 / 2
     policy = taught(bandits.LinUcb(K, D, ridge=1.5, online=True), obs, action, reward)
     texts = ["| " + " ".join(f"f{j}:{x}" for j, x in enumerate(row)) + " one:1" for row in obs]
-    for k in range(K):
+    for k in (0, 1):
         table, model = tmp_path / f"{k}.txt", tmp_path / f"{k}.vw"
         table.write_text("".join(f"{reward[i]} {texts[i]}\n" for i in np.flatnonzero(action == k)))
         vw.Workspace(

@@ -362,6 +362,13 @@ def test_the_tuned_bandit_reaches_95_percent_of_the_known_optimum_on_users_it_ne
     assert value_on_b(types, masked, **out) >= 0.95 * 2.2 / 3
 
 
+def test_the_tuned_bandit_serves_a_cheap_strategy_where_the_right_one_costs_more_than_it_earns(types: World) -> None:
+    # a cost weight of 2 and relative costs 0.2, 0.467, 0.733: the right strategy earns 1 - 0.4, 1 - 0.933 and 1 - 1.467, the
+    # cheapest one 0.2 - 0.4 for the others, so the third type gets that: (0.6 + 0.0667 - 0.2) / 3
+    policy = bandits.learn_tuned(lesson_of(types, cost_weight=2.0))
+    assert value_on_b(types, policy, cost_weight=2.0) >= 0.95 * 0.4667 / 3
+
+
 def test_a_race_gives_equal_bandits_equal_values(types: World) -> None:
     fixed = bandits.EpsilonGreedy(types.n_strategies, epsilon=1.0)
     result = bandits.race(lesson_of(types), [fixed, bandits.EpsilonGreedy(types.n_strategies, epsilon=1.0)], 400, 1)
