@@ -15,7 +15,7 @@ probabilities in any batch.
 from __future__ import annotations
 
 import math
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from gymnasium.vector import AutoresetMode
@@ -23,6 +23,9 @@ from torch import Tensor
 
 from metarec_gym.policy import masked_uniform, one_hot_probs, sample_actions
 from metarec_gym.seeding import fold_in, normal, stream, torch_generator, uniform
+
+if TYPE_CHECKING:
+    from agents.roster import Lesson
 
 
 def best_of(scores: Tensor, action_mask: Tensor) -> Tensor:
@@ -406,3 +409,59 @@ class PopulationUcb:
         self._mean = self._mean + gain * surprise[:, None]
         self._cov = self._cov - gain[:, :, None] * column[:, None, :]
         self._request = self._request + alive.to(torch.int64)
+
+
+# ---- on the leaderboard, see `agents.roster`
+
+LESSON_ENVS = 2048
+"""Users served at once while a bandit learns; LinUCB solves its models once for all of them."""
+PRIOR_REQUESTS = 50_000
+"""Requests to training users that tell the per-user bandits how large and how noisy rewards are: set by hand, the scale of
+their beliefs would favour or cripple them."""
+
+
+def _draw_seed(name: str, lesson: Lesson) -> int:
+    return stream(lesson.seed, "bandit", name, lesson.fold)
+
+
+def _prior(name: str, lesson: Lesson) -> PopulationUcb:
+    prior = PopulationUcb(lesson.world.n_strategies)
+    env = lesson.make_env(LESSON_ENVS)
+    return prior.learn(env, min(lesson.requests, PRIOR_REQUESTS), seed=_draw_seed(name, lesson))
+
+
+def learn_epsilon_greedy(lesson: Lesson) -> EpsilonGreedy:
+    """It learns nothing before a user comes."""
+    return EpsilonGreedy(lesson.world.n_strategies)
+
+
+def learn_ucb1(lesson: Lesson) -> Ucb1:
+    """The width of its bound comes from training users."""
+    # sub-Gaussian form of the bound: sigma * sqrt(2 ln t / n)
+    return Ucb1(lesson.world.n_strategies, reward_range=_prior("ucb1", lesson).noise_var ** 0.5)
+
+
+def learn_thompson(lesson: Lesson) -> GaussianThompson:
+    """The scale of its beliefs comes from training users."""
+    prior = _prior("thompson", lesson)
+    return GaussianThompson(
+        lesson.world.n_strategies,
+        _draw_seed("thompson", lesson),
+        prior_mean=float(prior.prior_mean.mean()),
+        prior_std=float(prior.prior_cov.diagonal().mean()) ** 0.5,
+        noise_std=prior.noise_var**0.5,
+    )
+
+
+def learn_linucb(lesson: Lesson) -> LinUcb:
+    """One linear model a strategy, from all requests of the lesson."""
+    env = lesson.make_env(LESSON_ENVS)
+    width = math.prod(env.single_observation_space.shape or ())
+    policy = LinUcb(lesson.world.n_strategies, width)
+    return policy.learn(env, lesson.requests, seed=_draw_seed("linucb", lesson))
+
+
+def learn_population_ucb(lesson: Lesson) -> PopulationUcb:
+    """The prior over users, from all requests of the lesson."""
+    policy = PopulationUcb(lesson.world.n_strategies)
+    return policy.learn(lesson.make_env(LESSON_ENVS), lesson.requests, seed=_draw_seed("population_ucb", lesson))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
+from agents.roster import ROSTER, pick
 from experiments.env_settings import env_pairs, training_settings
 from experiments.headroom import PLAY_CODE, load_world, measure, settings_of, world_line
 from experiments.run_folder import RunFolder, code_hash, command_line, content_hash, versions, write_atomic
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
     from metarec_gym.evaluation.tasks import Arrays
     from metarec_gym.evaluation.verdict import Verdict
 
-BANDITS = {"epsilon_greedy": 1, "ucb1": 1, "thompson": 1, "linucb": 5, "population_ucb": 5}
-"""Bandits and their training seeds; the first three learn inside the episode alone and have nothing to seed."""
-BANDIT_ENVS = 2048
-"""Users served at once while a bandit learns; LinUCB solves its models once for all of them."""
 RESCORE_REPLICATES = 2
 """Replicates of the main table that the second judge scores again: enough for a sign, a quarter of the time."""
 TRAIN_REPLICATES = 1
@@ -48,8 +45,6 @@ SECOND_NOTE = (
     "Second judge: a response model of another family, fitted to the same users' events, scores the same choices again on {} "
     "replicates. A sure lift whose sign it turns round is model-dependent."
 )
-PRIOR_REQUESTS = 50_000
-"""Requests to training users that tell the per-user bandits how large and how noisy rewards are."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,8 @@ class Args:
     world: Path
     """Folder of the world."""
     agents: tuple[str, ...] = ("all",)
-    """Learners and bandits to include, or `all`; fixed strategies, simple rules and oracles are always there."""
+    """Names or kinds (learned, bandit, search, supervised, fixed) of agents to include, or `all`; strategies, simple rules and
+    oracles are always there."""
     seeds: int | None = None
     """Training seeds of each learner; its own default if absent (10 for ppo, 5 for sb3_ppo)."""
     steps: int = 300_000
@@ -99,32 +95,51 @@ class Comparison:
     folder: Path
 
 
+def load_policy(path: str) -> Any:
+    """An exported policy of any kind."""
+    from metarec_gym import policy
+
+    load: Callable[[str], Any] = getattr(policy, "load_policy", policy.MlpPolicy.load)
+    return load(path)
+
+
 def play_policy(path: str, **kwargs: Any) -> Arrays:
     """Task: plays an exported policy."""
     from metarec_gym.evaluation.headroom import play_task
-    from metarec_gym.policy import MlpPolicy
 
-    return play_task(player=MlpPolicy.load(path).to(kwargs["device"]), **kwargs)
+    return play_task(player=load_policy(path).to(kwargs["device"]), **kwargs)
 
 
-def play_bandit(
+def play_entry(
     name: str, train_fold: str, seed: int, requests: int, again: dict[str, Any] | None = None, **kwargs: Any
 ) -> Arrays:
-    """Task: learns what the bandit can learn from training users, then plays it; it goes on learning in each episode.
+    """Task: an agent of the roster learns what it can from training users and is played; it may learn on in each episode.
 
     Args:
-        name: One of `BANDITS`.
-        train_fold: Whose users to learn from.
+        name: Of `agents.roster.ROSTER`.
+        train_fold: Whose users to learn from, by their main judge.
         seed: Training seed.
         requests: Budget.
-        again: What changes when the same bandit is played once more by the second judge; None = it is not.
+        again: What changes when the same policy is played once more by the second judge; None = it is not.
         **kwargs: Of `play_task`.
     """
+    from agents.roster import ROSTER, Lesson
     from metarec_gym.evaluation.headroom import play_task
 
-    player, seconds = make_bandit(
-        name, kwargs["world"], train_fold, seed, requests, kwargs["settings"], kwargs["horizon"]
+    settings: EvalSettings = kwargs["settings"]
+    lesson = Lesson.of(
+        kwargs["world"],
+        train_fold,
+        seed=seed,
+        requests=requests,
+        horizon=kwargs["horizon"],
+        slate_size=settings.slate_size,
+        cost_weight=settings.cost_weight,
+        **training_settings(settings.env),
     )
+    started = time.perf_counter()
+    player = ROSTER[name].learn(lesson)
+    seconds = time.perf_counter() - started
     arrays = {**play_task(player=player, **kwargs), "seconds": np.array(seconds)}
     if again is not None:
         played = play_task(player=player, **{**kwargs, **again})
@@ -132,75 +147,20 @@ def play_bandit(
     return arrays
 
 
-def make_bandit(
-    name: str, world: Any, fold: str, seed: int, requests: int, settings: EvalSettings, horizon: int
-) -> tuple[Any, float]:
-    """A bandit that has learned from `requests` requests of a fold's users, and the seconds that took.
-
-    The per-user bandits start from nothing with each user, but the scale of their beliefs (mean reward, spread over users,
-    noise of one request) comes from training users: set by hand it would favour or cripple them.
-
-    Args:
-        name: One of `BANDITS`.
-        world: A World or its folder.
-        fold: Whose users to learn from.
-        seed: Training seed.
-        requests: Budget.
-        settings: Slate size, cost weight and further settings of the environment; the main judge answers in any case.
-        horizon: Requests an episode.
-
-    Returns:
-        The bandit and the seconds of learning.
-    """
-    from agents import bandits
-    from metarec_gym.envs.vector_env import MetaRecVectorEnv
-    from metarec_gym.seeding import stream
-
-    env = MetaRecVectorEnv(
-        BANDIT_ENVS,
-        world=world,
-        fold=fold,
-        horizon=horizon,
-        slate_size=settings.slate_size,
-        cost_weight=settings.cost_weight,
-        output="torch",
-        autoreset_mode="SameStep",
-        **training_settings(settings.env),
-    )
-    k, draw_seed = env.world.n_strategies, stream(seed, "bandit", name, fold)
-    started = time.perf_counter()
-    if name == "linucb":
-        player: Any = bandits.LinUcb(k, int(np.prod(env.single_observation_space.shape or ()))).learn(
-            env, requests, seed=draw_seed
-        )
-    elif name == "population_ucb":
-        player = bandits.PopulationUcb(k).learn(env, requests, seed=draw_seed)
-    elif name == "epsilon_greedy":
-        player = bandits.EpsilonGreedy(k)
-    else:
-        prior = bandits.PopulationUcb(k).learn(env, min(requests, PRIOR_REQUESTS), seed=draw_seed)
-        noise_std = prior.noise_var**0.5
-        if name == "ucb1":
-            # sub-Gaussian form of the bound: sigma * sqrt(2 ln t / n)
-            player = bandits.Ucb1(k, reward_range=noise_std)
-        else:
-            spread = float(prior.prior_cov.diagonal().mean()) ** 0.5
-            mean = float(prior.prior_mean.mean())
-            player = bandits.GaussianThompson(k, draw_seed, prior_mean=mean, prior_std=spread, noise_std=noise_std)
-    return player, time.perf_counter() - started
-
-
 class _Comparer:
     def __init__(self, args: Args) -> None:
         self.args = args = replace(args, evaluation=settings_of(args))
+        self.agents: tuple[str, ...] = ()
+        self.skipped: dict[str, tuple[str, ...]] = {}
         self.world = load_world(args.world)
         self.command = command_line()
         chosen = tuple(a for part in args.agents for a in part.split(",") if a)
-        known = (*LEARNERS, *BANDITS)
-        unknown = sorted(set(chosen) - {"all", *known})
-        if unknown:
-            raise ValueError(f"--agents names {unknown}; known are all, {', '.join(known)}")
-        self.agents = known if "all" in chosen else chosen
+        for name in pick(chosen, tuple(LEARNERS)):
+            missing = ROSTER[name].missing() if name in ROSTER else ()
+            if missing:
+                self.skipped[name] = missing
+            else:
+                self.agents += (name,)
 
     # ---- training
     def training_args(self, headroom: Headroom) -> list[TrainArgs]:
@@ -316,16 +276,16 @@ class _Comparer:
             path = str(trained.path / "policy.safetensors")
             for table, fold in (*((table, test) for table in scored), ("train", job.fold)):
                 add(table, job.agent, fold, job.seed, play_policy, f"seed{job.seed}_{trained.key}", {"path": path})
-        code = code_hash(["agents/bandits.py", "experiments/compare.py"])
-        for name in (a for a in self.agents if a in BANDITS):
-            for seed in range(min(self.args.seeds or BANDITS[name], BANDITS[name])):
+        code = code_hash(["agents"])
+        for name in (a for a in self.agents if a in ROSTER):
+            for seed in range(min(self.args.seeds or ROSTER[name].seeds, ROSTER[name].seeds)):
                 for train, test in (FOLDS, FOLDS[::-1]):
                     extra = {"name": name, "train_fold": train, "seed": self.args.seed_base + seed}
                     extra["requests"] = self.args.steps
                     key = content_hash([extra, code, self.second is None])
                     if self.second is not None:
                         extra["again"] = again
-                    add("main", name, test, seed, play_bandit, key, extra)
+                    add("main", name, test, seed, play_entry, key, extra)
         players: dict[str, Callable[[str], Player]] = {
             "random": lambda test: UniformPolicy(),
             "SBS": lambda test: FixedPolicy(headroom.sbs[test][headroom.headline]),
@@ -370,11 +330,7 @@ class _Comparer:
             "SCHED": headroom.sched_name,
             "per-user oracle": "best strategy for each user, cross-fitted",
             "random": "every strategy equally often",
-            "linucb": "linear in the observation, learned from training users",
-            "population_ucb": "prior from training users, then each user's own answers",
-            "epsilon_greedy": "from nothing with every user",
-            "ucb1": "from nothing with every user",
-            "thompson": "from nothing with every user",
+            **{name: ROSTER[name].note for name in self.agents if name in ROSTER},
             "greedy oracle": "best expected reward right now",
             "FIR": "full-information reference: told every strategy's answer after each request",
         }
@@ -412,8 +368,8 @@ def _mean(values: list[float] | None) -> float | None:
 def _kind(name: str) -> str:
     if name in LEARNERS:
         return "learned"
-    if name in BANDITS:
-        return "bandit"
+    if name in ROSTER:
+        return ROSTER[name].kind
     return "oracle" if name.endswith("oracle") or name == "FIR" else "fixed"
 
 
@@ -477,6 +433,8 @@ def run(args: Args) -> Comparison:
     comparer = _Comparer(args)
     args, world = comparer.args, comparer.world
     print(world_line(world), flush=True)
+    for name, missing in comparer.skipped.items():
+        print(f"note  {name} is left out: it needs {', '.join(missing)}, which is not installed")
     headroom, headroom_run = measure(
         world,
         args.world,
@@ -500,7 +458,7 @@ def run(args: Args) -> Comparison:
         "agents": comparer.agents,
         "rescored": comparer.second is not None,
         "trainings": [train_folder(job).key for job in jobs],
-        "code": code_hash([*PLAY_CODE, "agents/bandits.py"]),
+        "code": code_hash([*PLAY_CODE, "agents"]),
     }
     folder = RunFolder(args.runs, f"compare_{world.name}", facts)
     folder.begin(args, comparer.command)
