@@ -448,7 +448,8 @@ def learn_thompson(lesson: Lesson) -> GaussianThompson:
         lesson.world.n_strategies,
         _draw_seed("thompson", lesson),
         prior_mean=float(prior.prior_mean.mean()),
-        prior_std=float(prior.prior_cov.diagonal().mean()) ** 0.5,
+        # users differ, and so do strategies: without the second part a pool of one taste would never be explored
+        prior_std=float(prior.prior_cov.diagonal().mean() + prior.prior_mean.var(correction=0)) ** 0.5,
         noise_std=prior.noise_var**0.5,
     )
 

@@ -86,7 +86,8 @@ class Entry:
         learn: Lesson -> policy; what is learned from training users lies in the policy.
         note: One line on what it is.
         needs: Modules outside the core dependencies; the entry is skipped where one is missing.
-        sees: What its choice can rest on, of `SIGHTS`; decides which optimum it must reach.
+        sees: What its choice can rest on, of `SIGHTS`; decides which known optimum it must reach (`tests/known_worlds.py`).
+        explores: Share of the requests that it spends on a uniform choice for ever.
     """
 
     kind: str
@@ -95,6 +96,7 @@ class Entry:
     note: str = ""
     needs: tuple[str, ...] = ()
     sees: tuple[str, ...] = ("history", "request")
+    explores: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS or not set(self.sees) <= set(SIGHTS) or self.seeds < 1:
@@ -110,7 +112,7 @@ class Entry:
 
 ROSTER: dict[str, Entry] = {
     "epsilon_greedy": Entry(
-        "bandit", 1, bandits.learn_epsilon_greedy, "from nothing with every user", sees=("answers",)
+        "bandit", 1, bandits.learn_epsilon_greedy, "from nothing with every user", sees=("answers",), explores=0.1
     ),
     "ucb1": Entry("bandit", 1, bandits.learn_ucb1, "from nothing with every user", sees=("answers",)),
     "thompson": Entry("bandit", 1, bandits.learn_thompson, "from nothing with every user", sees=("answers",)),
