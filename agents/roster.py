@@ -107,7 +107,12 @@ class Entry:
 
     def missing(self) -> tuple[str, ...]:
         """Modules that it needs and that are not installed."""
-        return tuple(name for name in self.needs if importlib.util.find_spec(name) is None)
+        return absent(self.needs)
+
+
+def absent(modules: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the modules that are not installed."""
+    return tuple(name for name in modules if importlib.util.find_spec(name) is None)
 
 
 ROSTER: dict[str, Entry] = {

@@ -141,8 +141,8 @@ def run(args: Args) -> Comparison:
     comparer, command = Comparer(args), command_line()
     args, world = comparer.args, comparer.world
     print(world_line(world), flush=True)
-    for name, missing in comparer.skipped.items():
-        print(f"note  {name} is left out: it needs {', '.join(missing)}, which is not installed")
+    for name, reason in comparer.skipped.items():
+        print(f"note  {name} is left out: {reason}")
     headroom, headroom_run = measure(
         world,
         args.world,

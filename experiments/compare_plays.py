@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from agents.roster import ROSTER, Lesson, pick
+from agents.roster import ROSTER, Lesson, absent, pick
 from experiments.env_settings import env_pairs, training_settings
 from experiments.headroom import load_world, settings_of
 from experiments.run_folder import code_hash, content_hash
@@ -35,6 +35,10 @@ TRAIN_REPLICATES = 1
 """Replicates that learned policies play on their training users, to show how much better they look there."""
 SECOND = "second"
 """The judge of another family."""
+BLENDS = ("sb3_sac",)
+"""Learners of continuous actions: they cannot select."""
+LEARNER_NEEDS = dict.fromkeys(("sb3_maskable_ppo", "sb3_recurrent_ppo", "sb3_qrdqn", "sb3_trpo"), ("sb3_contrib",))
+"""Modules outside the core dependencies that learners need."""
 SECOND_NOTE = (
     "Second judge: a response model of another family, fitted to the same users' events, scores the same choices again on {} "
     "replicates. A sure lift whose sign it turns round is model-dependent."
@@ -118,19 +122,21 @@ class Comparer:
 
     Attributes:
         agents: Names of what learns and is played.
-        skipped: Modules that are missing, by agent left out.
+        skipped: Why, by agent left out.
     """
 
     def __init__(self, args: Args) -> None:
         self.args = args = replace(args, evaluation=settings_of(args))
         self.agents: tuple[str, ...] = ()
-        self.skipped: dict[str, tuple[str, ...]] = {}
+        self.skipped: dict[str, str] = {}
         self.world = load_world(args.world)
         chosen = tuple(a for part in args.agents for a in part.split(",") if a)
         for name in pick(chosen, tuple(LEARNERS)):
-            missing = ROSTER[name].missing() if name in ROSTER else ()
+            missing = ROSTER[name].missing() if name in ROSTER else absent(LEARNER_NEEDS.get(name, ()))
             if missing:
-                self.skipped[name] = missing
+                self.skipped[name] = f"it needs {', '.join(missing)}, which is not installed"
+            elif name in BLENDS:
+                self.skipped[name] = "it acts in MetaRec/Blend-v0 only"
             else:
                 self.agents += (name,)
 
@@ -169,7 +175,8 @@ class Comparer:
         missing = [job for job in jobs if train_folder(job).result() is None]
         tasks = [
             Task(
-                key=f"{job.agent}_{job.fold}_{job.seed}",
+                # tasks of one key are done once: trainings with another cost weight are other ones
+                key=train_folder(job).key,
                 call=train_task,
                 kwargs={"args": job, "command": train_command(job)},
                 weight=job.steps,

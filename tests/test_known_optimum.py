@@ -12,10 +12,14 @@ import torch
 
 from agents.roster import ROSTER, Lesson
 from agents.sb3 import isolated_generators
+from experiments import compare
+from experiments.compare_plays import BLENDS, LEARNER_NEEDS
 from experiments.train import LEARNERS, learner_args
 from experiments.train import Args as TrainArgs
 from metarec_gym.envs import MetaRecVectorEnv
 from metarec_gym.envs.sb3 import SB3VecEnv
+from metarec_gym.evaluation.headroom import EvalSettings
+from metarec_gym.evaluation.verdict import JUST_USE
 from metarec_gym.policy import FixedPolicy
 from metarec_gym.world import World
 from tests import known_worlds
@@ -201,6 +205,7 @@ def test_every_agent_of_the_roster_reaches_95_percent_of_what_its_sight_allows(k
 LEARNED = [
     pytest.param(agent, name, marks=() if (agent, name) in FAST else pytest.mark.slow)
     for agent in LEARNERS
+    if agent not in BLENDS
     for name in known_worlds.WORLDS
 ]
 
@@ -221,3 +226,32 @@ def test_every_learner_reaches_95_percent_of_the_known_optimum(known, agent, nam
     args = learner_args(TrainArgs(agent=agent, steps=2 * REQUESTS, horizon=world.horizon))
     policy = importlib.import_module(learner.module).train(env, args, progress=False).policy
     assert 0.95 * known_worlds.target(world, SEES) <= known_worlds.value(world, policy, SEES)
+
+
+@pytest.mark.slow
+def test_a_comparison_of_all_agents_on_the_null_world_ends_in_just_use(tmp_path):
+    world = World.synthetic(
+        n_types=2,
+        users_per_type=4,
+        items_per_type=20,
+        horizon=4,
+        slate_size=2,
+        history_lengths=(0, 3),
+        leaving=None,
+        identical=True,
+    )
+    result = compare.run(
+        compare.Args(
+            world=world.save(tmp_path / "null"),
+            seeds=1,
+            steps=1024,
+            evaluation=EvalSettings(replicates=1, horizon=4, horizons=(2,), look=False),
+            workers=1,
+            runs=tmp_path / "runs",
+            quiet=True,
+        )
+    )
+    assert {*ROSTER, *LEARNERS} - {row.name for row in result.rows} <= {*BLENDS, *LEARNER_NEEDS}
+    assert result.verdict.kind == JUST_USE
+    assert all(row.lift_sbs[result.headroom.headline].estimate == pytest.approx(0.0, abs=1e-6) for row in result.rows)
+    assert not any(pair.sure for pair in result.pairs)

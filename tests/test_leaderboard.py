@@ -104,7 +104,7 @@ def table() -> list[PolicyPlays]:
     return [
         _plays("ppo", "learned", [user + 0.10 + n for n in noise[:4]]),
         _plays("sb3_ppo", "learned", [user + 0.10 + n for n in noise[4:8]]),
-        _plays("hierarchical_ucb", "bandit", [user + n for n in noise[8:10]], 1),
+        _plays("tuned_hierarchical", "bandit", [user + n for n in noise[8:10]], 1),
         _plays("population_ucb", "bandit", [user - 0.1 + n for n in noise[10:12]], 1),
         _plays("SCHED", "fixed", [user + 0.05 + noise[12]], 2),
         _plays("SBS", "fixed", [user + noise[13]], 2),
@@ -113,11 +113,11 @@ def table() -> list[PolicyPlays]:
 
 def test_trained_policies_are_held_against_rule_bandit_and_library(table: list[PolicyPlays]) -> None:
     # the stronger of the two hierarchical bandits
-    assert opponents(table, 0) == {RULE: "SCHED", BANDIT: "hierarchical_ucb", LIBRARY: "sb3_ppo"}
+    assert opponents(table, 0) == {RULE: "SCHED", BANDIT: "tuned_hierarchical", LIBRARY: "sb3_ppo"}
     pairs = {(p.policy, p.against): p for p in paired_differences(table, 0)}
     # four trained policies, three opponents, and nobody against itself
     assert len(pairs) == 4 * 3 - 2
-    won, tied = pairs["ppo", "hierarchical_ucb"], pairs["ppo", "sb3_ppo"]
+    won, tied = pairs["ppo", "tuned_hierarchical"], pairs["ppo", "sb3_ppo"]
     assert won.difference.estimate == pytest.approx(0.1, abs=0.01)
     assert won.relative.estimate == pytest.approx(0.1, abs=0.015)
     assert won.sure
@@ -127,7 +127,7 @@ def test_trained_policies_are_held_against_rule_bandit_and_library(table: list[P
     markdown = pairs_markdown(list(pairs.values()))
     assert markdown.count("\n") == len(pairs) + 1
     page = pairs_section(list(pairs.values()))
-    assert "against the strongest hierarchical bandit: hierarchical_ucb" in page
+    assert "against the strongest hierarchical bandit: tuned_hierarchical" in page
     assert pairs_section([]) == ""
 
 

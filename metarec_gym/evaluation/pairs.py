@@ -11,7 +11,7 @@ from metarec_gym.evaluation.leaderboard import TRAINED, PolicyPlays
 RULE, BANDIT, LIBRARY = "best non-personal rule", "strongest hierarchical bandit", "PPO of Stable-Baselines3"
 """What a policy is held against."""
 HIERARCHICAL = ("hierarchical", "population")
-"""Names of bandits with a prior over users begin so."""
+"""Names of bandits with a prior over users hold one of these."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def opponents(policies: Sequence[PolicyPlays], window: int) -> dict[str, str]:
     beats it beats each of them.
     """
     values = {policy.name: float(policy.users()[:, :, window].mean()) for policy in policies}
-    family = [p.name for p in policies if p.kind == "bandit" and p.name.startswith(HIERARCHICAL)]
+    family = [p.name for p in policies if p.kind == "bandit" and any(word in p.name for word in HIERARCHICAL)]
     found = {}
     if "SCHED" in values:
         found[RULE] = "SCHED"
