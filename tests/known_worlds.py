@@ -4,7 +4,7 @@
 |---|---|---|
 | types | the specialist of the user's type | history or answers |
 | drift | the popular category first, the unpopular one later: popularity decays from session to session | request |
-| masked | the best specialist, the second best while it is out of service | nothing |
+| masked | the best specialist, the second best while it is out of service | request or answers: not chosen once an episode |
 | cost | the cheaper specialist, although the dearer one is liked more | nothing |
 | null | nothing: all strategies serve the same list | nothing |
 """
@@ -124,7 +124,7 @@ def cost(horizon: int) -> Known:
 
 
 WORLDS: dict[str, Callable[[int], Known]] = {"types": types, "drift": drift, "masked": masked, "cost": cost}
-NEEDS = {"types": ("history", "answers"), "drift": ("request",)}
+NEEDS = {"types": ("history", "answers"), "drift": ("request",), "masked": ("request", "answers")}
 """A policy must see one of these to reach the optimum; all reach that of the other worlds."""
 
 
