@@ -5,51 +5,40 @@
 Learned policies are trained on fold A and scored on fold B, then the other way round. Finished trainings and plays are found
 by content hash and not repeated; a killed run goes on where it was and ends with the same numbers. Where the world has a
 judge of a second family, every choice is scored again by it: a lift whose sign it turns round is called model-dependent.
+
+With `--cost-weights 0.1 0.3 1` every trained policy learns and plays once more with each weight on serving cost, and the hull of
+quality against cost is drawn through all of them.
 """
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.env_settings import env_pairs, training_settings
-from experiments.headroom import PLAY_CODE, load_world, measure, settings_of, world_line
-from experiments.run_folder import RunFolder, code_hash, command_line, content_hash, versions, write_atomic
-from experiments.train import LEARNERS, SELECT_ID
-from experiments.train import Args as TrainArgs
+from experiments.compare_plays import SECOND_NOTE, Comparer, train_command
+from experiments.env_settings import env_pairs
+from experiments.headroom import PLAY_CODE, measure, world_line
+from experiments.run_folder import RunFolder, code_hash, command_line, versions, write_atomic
+from experiments.train import LEARNERS
 from experiments.train import run_folder as train_folder
-from metarec_gym.evaluation.headroom import FOLDS, EvalSettings
+from metarec_gym.evaluation.headroom import EvalSettings
 
 if TYPE_CHECKING:
-    from metarec_gym.evaluation.headroom import Headroom
-    from metarec_gym.evaluation.leaderboard import PolicyPlays, PolicyRow
-    from metarec_gym.evaluation.rollout import Played, Player
-    from metarec_gym.evaluation.tasks import Arrays
-    from metarec_gym.evaluation.verdict import Verdict
+    from numpy.typing import NDArray
 
-BANDITS = {"epsilon_greedy": 1, "ucb1": 1, "thompson": 1, "linucb": 5, "population_ucb": 5}
-"""Bandits and their training seeds; the first three learn inside the episode alone and have nothing to seed."""
-BANDIT_ENVS = 2048
-"""Users served at once while a bandit learns; LinUCB solves its models once for all of them."""
-RESCORE_REPLICATES = 2
-"""Replicates of the main table that the second judge scores again: enough for a sign, a quarter of the time."""
-TRAIN_REPLICATES = 1
-"""Replicates that learned policies play on their training users, to show how much better they look there."""
-SECOND = "second"
-"""The judge of another family."""
-SECOND_NOTE = (
-    "Second judge: a response model of another family, fitted to the same users' events, scores the same choices again on {} "
-    "replicates. A sure lift whose sign it turns round is model-dependent."
-)
-PRIOR_REQUESTS = 50_000
-"""Requests to training users that tell the per-user bandits how large and how noisy rewards are."""
+    from experiments.train import Args as TrainArgs
+    from metarec_gym.evaluation.headroom import Headroom
+    from metarec_gym.evaluation.hull import Frontier
+    from metarec_gym.evaluation.leaderboard import PolicyPlays, PolicyRow
+    from metarec_gym.evaluation.learning_curves import LearningCurve
+    from metarec_gym.evaluation.pairs import Pair
+    from metarec_gym.evaluation.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -59,7 +48,8 @@ class Args:
     world: Path
     """Folder of the world."""
     agents: tuple[str, ...] = ("all",)
-    """Learners and bandits to include, or `all`; fixed strategies, simple rules and oracles are always there."""
+    """Names or kinds (learned, bandit, search, supervised, fixed) of agents to include, or `all`; strategies, simple rules and
+    oracles are always there."""
     seeds: int | None = None
     """Training seeds of each learner; its own default if absent (10 for ppo, 5 for sb3_ppo)."""
     steps: int = 300_000
@@ -74,6 +64,8 @@ class Args:
     trains in any case."""
     env: tuple[str, ...] = ()
     """Further settings of the environment, KEY=VALUE each (JSON values), for training and playing."""
+    cost_weights: tuple[float, ...] = ()
+    """More weights on serving cost that every trained policy learns and plays with, for the hull of quality against cost."""
     rescore: bool = True
     """Score everything again by a judge of another family, where the world has one."""
     seed_base: int = 0
@@ -97,339 +89,8 @@ class Comparison:
     verdict: Verdict
     checks: dict[str, str]
     folder: Path
-
-
-def play_policy(path: str, **kwargs: Any) -> Arrays:
-    """Task: plays an exported policy."""
-    from metarec_gym.evaluation.headroom import play_task
-    from metarec_gym.policy import MlpPolicy
-
-    return play_task(player=MlpPolicy.load(path).to(kwargs["device"]), **kwargs)
-
-
-def play_bandit(
-    name: str, train_fold: str, seed: int, requests: int, again: dict[str, Any] | None = None, **kwargs: Any
-) -> Arrays:
-    """Task: learns what the bandit can learn from training users, then plays it; it goes on learning in each episode.
-
-    Args:
-        name: One of `BANDITS`.
-        train_fold: Whose users to learn from.
-        seed: Training seed.
-        requests: Budget.
-        again: What changes when the same bandit is played once more by the second judge; None = it is not.
-        **kwargs: Of `play_task`.
-    """
-    from metarec_gym.evaluation.headroom import play_task
-
-    player, seconds = make_bandit(
-        name, kwargs["world"], train_fold, seed, requests, kwargs["settings"], kwargs["horizon"]
-    )
-    arrays = {**play_task(player=player, **kwargs), "seconds": np.array(seconds)}
-    if again is not None:
-        played = play_task(player=player, **{**kwargs, **again})
-        arrays |= {f"{SECOND}.{field_name}": array for field_name, array in played.items()}
-    return arrays
-
-
-def make_bandit(
-    name: str, world: Any, fold: str, seed: int, requests: int, settings: EvalSettings, horizon: int
-) -> tuple[Any, float]:
-    """A bandit that has learned from `requests` requests of a fold's users, and the seconds that took.
-
-    The per-user bandits start from nothing with each user, but the scale of their beliefs (mean reward, spread over users,
-    noise of one request) comes from training users: set by hand it would favour or cripple them.
-
-    Args:
-        name: One of `BANDITS`.
-        world: A World or its folder.
-        fold: Whose users to learn from.
-        seed: Training seed.
-        requests: Budget.
-        settings: Slate size, cost weight and further settings of the environment; the main judge answers in any case.
-        horizon: Requests an episode.
-
-    Returns:
-        The bandit and the seconds of learning.
-    """
-    from agents import bandits
-    from metarec_gym.envs.vector_env import MetaRecVectorEnv
-    from metarec_gym.seeding import stream
-
-    env = MetaRecVectorEnv(
-        BANDIT_ENVS,
-        world=world,
-        fold=fold,
-        horizon=horizon,
-        slate_size=settings.slate_size,
-        cost_weight=settings.cost_weight,
-        output="torch",
-        autoreset_mode="SameStep",
-        **training_settings(settings.env),
-    )
-    k, draw_seed = env.world.n_strategies, stream(seed, "bandit", name, fold)
-    started = time.perf_counter()
-    if name == "linucb":
-        player: Any = bandits.LinUcb(k, int(np.prod(env.single_observation_space.shape or ()))).learn(
-            env, requests, seed=draw_seed
-        )
-    elif name == "population_ucb":
-        player = bandits.PopulationUcb(k).learn(env, requests, seed=draw_seed)
-    elif name == "epsilon_greedy":
-        player = bandits.EpsilonGreedy(k)
-    else:
-        prior = bandits.PopulationUcb(k).learn(env, min(requests, PRIOR_REQUESTS), seed=draw_seed)
-        noise_std = prior.noise_var**0.5
-        if name == "ucb1":
-            # sub-Gaussian form of the bound: sigma * sqrt(2 ln t / n)
-            player = bandits.Ucb1(k, reward_range=noise_std)
-        else:
-            spread = float(prior.prior_cov.diagonal().mean()) ** 0.5
-            mean = float(prior.prior_mean.mean())
-            player = bandits.GaussianThompson(k, draw_seed, prior_mean=mean, prior_std=spread, noise_std=noise_std)
-    return player, time.perf_counter() - started
-
-
-class _Comparer:
-    def __init__(self, args: Args) -> None:
-        self.args = args = replace(args, evaluation=settings_of(args))
-        self.world = load_world(args.world)
-        self.command = command_line()
-        chosen = tuple(a for part in args.agents for a in part.split(",") if a)
-        known = (*LEARNERS, *BANDITS)
-        unknown = sorted(set(chosen) - {"all", *known})
-        if unknown:
-            raise ValueError(f"--agents names {unknown}; known are all, {', '.join(known)}")
-        self.agents = known if "all" in chosen else chosen
-
-    # ---- training
-    def training_args(self, headroom: Headroom) -> list[TrainArgs]:
-        """Every (learner, fold, seed)."""
-        args, jobs = self.args, []
-        for agent in (a for a in self.agents if a in LEARNERS):
-            for seed in range(args.seed_base, args.seed_base + (args.seeds or LEARNERS[agent].seeds)):
-                for fold in FOLDS:
-                    jobs.append(
-                        TrainArgs(
-                            world=args.world,
-                            agent=cast(Literal["ppo", "sb3_ppo"], agent),
-                            fold=cast(Literal["A", "B"], fold),
-                            seed=seed,
-                            steps=args.steps,
-                            horizon=headroom.horizon,
-                            slate_size=args.evaluation.slate_size,
-                            cost_weight=args.evaluation.cost_weight,
-                            env=(SELECT_ID, *env_pairs(training_settings(args.evaluation.env))),
-                            resume=True,
-                            device=args.device if agent == "ppo" else "cpu",
-                            runs=args.runs,
-                            quiet=True,
-                        )
-                    )
-        return jobs
-
-    def train(self, jobs: Sequence[TrainArgs]) -> None:
-        """Trains what has no result yet."""
-        from experiments.train import train_task
-        from metarec_gym.evaluation.tasks import Task, run_tasks
-
-        missing = [job for job in jobs if train_folder(job).result() is None]
-        tasks = [
-            Task(
-                key=f"{job.agent}_{job.fold}_{job.seed}",
-                call=train_task,
-                kwargs={"args": job, "command": _train_command(job)},
-                weight=job.steps,
-            )
-            for job in missing
-        ]
-        title = f"training {', '.join(dict.fromkeys(job.agent for job in missing))}"
-        run_tasks(
-            tasks,
-            folder=None,
-            workers=self.workers,
-            title=title,
-            progress=not self.args.quiet,
-            spawn_above=100_000,
-        )
-
-    @property
-    def workers(self) -> int:
-        return 1 if self.args.device != "cpu" else min(self.args.workers, os.cpu_count() or 1)
-
-    @property
-    def second(self) -> EvalSettings | None:
-        """How the second judge scores again; None where the world has none or another judge than the main one scores."""
-        env = self.args.evaluation.env
-        there = all(f"{fold}/{SECOND}" in self.world.responses for fold in FOLDS)
-        if not there or not self.args.rescore or env.get("judge", "main") != "main":
-            return None
-        return replace(self.args.evaluation, env={**env, "judge": SECOND})
-
-    # ---- playing
-    def play(self, headroom: Headroom, jobs: Sequence[TrainArgs], folder: Path) -> list[PolicyPlays]:
-        """Plays everything on the other fold's users and gathers it by policy."""
-        from metarec_gym.evaluation.headroom import env_key, play_task
-        from metarec_gym.evaluation.leaderboard import PolicyPlays
-        from metarec_gym.evaluation.rollout import Greedy, Played, effort_of
-        from metarec_gym.evaluation.tasks import Task, run_tasks
-        from metarec_gym.policy import FixedPolicy, UniformPolicy
-
-        tasks: dict[tuple[str, str, str, int], Task] = {}
-        few = min(RESCORE_REPLICATES, headroom.played)
-        again = {"settings": self.second, "replicates": few}
-        trained_with = training_settings(self.args.evaluation.env)
-        by_table = {
-            "main": self.args.evaluation,
-            SECOND: self.second,
-            "train": replace(self.args.evaluation, env=trained_with),
-        }
-
-        def add(
-            table: str, name: str, fold: str, seed: int, call: Callable[..., Arrays], key: str, extra: dict[str, Any]
-        ) -> None:
-            """`table` is "main", "second" (the same by the second judge) or "train" (on training users)."""
-            common: dict[str, Any] = {
-                "world": self.args.world,
-                "fold": fold,
-                "contexts": headroom.contexts[fold].tolist(),
-                "windows": headroom.windows,
-                "horizon": headroom.horizon,
-                "noise_base": 0,
-                "replicates": {"main": headroom.played, SECOND: few, "train": TRAIN_REPLICATES}[table],
-                "settings": by_table[table],
-                "device": self.args.device,
-            }
-            # learning costs about as much as playing, request by request
-            effort = effort_of(extra["player"], self.world.n_strategies) if "player" in extra else 1
-            weight = len(common["contexts"]) * common["replicates"] * headroom.horizon * effort
-            weight += extra.get("requests", 0)
-            title = f"{name}_{fold}_{key}".replace(" ", "_") + ("" if table == "main" else f"_{table}")
-            tasks[table, name, fold, seed] = Task(
-                title + env_key(common["settings"].env), call, {**common, **extra}, weight
-            )
-
-        scored = ("main",) if self.second is None else ("main", SECOND)
-        for job in jobs:
-            trained = train_folder(job)
-            test = FOLDS[1 - FOLDS.index(job.fold)]
-            path = str(trained.path / "policy.safetensors")
-            for table, fold in (*((table, test) for table in scored), ("train", job.fold)):
-                add(table, job.agent, fold, job.seed, play_policy, f"seed{job.seed}_{trained.key}", {"path": path})
-        code = code_hash(["agents/bandits", "experiments/compare.py"])
-        for name in (a for a in self.agents if a in BANDITS):
-            for seed in range(min(self.args.seeds or BANDITS[name], BANDITS[name])):
-                for train, test in (FOLDS, FOLDS[::-1]):
-                    extra = {"name": name, "train_fold": train, "seed": self.args.seed_base + seed}
-                    extra["requests"] = self.args.steps
-                    key = content_hash([extra, code, self.second is None])
-                    if self.second is not None:
-                        extra["again"] = again
-                    add("main", name, test, seed, play_bandit, key, extra)
-        players: dict[str, Callable[[str], Player]] = {
-            "random": lambda test: UniformPolicy(),
-            "SBS": lambda test: FixedPolicy(headroom.sbs[test][headroom.headline]),
-            "SCHED": lambda test: headroom.sched[test].player,
-            "per-user oracle": headroom.oracle_player,
-        }
-        # these were played for the headroom
-        others: dict[str, Callable[[str], Player]] = {
-            **{name: _always(k) for k, name in enumerate(headroom.strategies)},
-            "greedy oracle": lambda test: Greedy(),
-            **({"FIR": lambda test: headroom.fir_players[test]} if headroom.fir else {}),
-        }
-        for table in scored:
-            for name, make in (players if table == "main" else {**players, **others}).items():
-                for test in FOLDS:
-                    add(table, name, test, 0, play_task, _player_key(make(test)), {"player": make(test)})
-        plays = run_tasks(
-            list(tasks.values()),
-            folder=folder,
-            workers=self.workers,
-            title="playing policies",
-            progress=not self.args.quiet,
-        )
-        found: dict[str, dict[str, dict[str, list[Played]]]] = {"main": {}, SECOND: {}, "train": {}}
-        seconds: dict[str, list[float]] = {}
-
-        def keep(table: str, name: str, fold: str, arrays: Arrays) -> None:
-            found[table].setdefault(name, {f: [] for f in FOLDS})[fold].append(Played.from_arrays(arrays))
-
-        for (table, name, fold, _), task in sorted(tasks.items(), key=lambda item: item[0][3]):
-            arrays = dict(plays[task.key])
-            if "seconds" in arrays:
-                seconds.setdefault(name, []).append(float(arrays.pop("seconds")))
-            more = {n.split(".", 1)[1]: arrays.pop(n) for n in [*arrays] if n.startswith(f"{SECOND}.")}
-            keep(table, name, fold, arrays)
-            if more:
-                keep(SECOND, name, fold, more)
-        for job in jobs:
-            seconds.setdefault(job.agent, []).append(float((train_folder(job).result() or {})["seconds"]))
-        notes = {
-            "SBS": f"always {headroom.sbs_name}",
-            "SCHED": headroom.sched_name,
-            "per-user oracle": "best strategy for each user, cross-fitted",
-            "random": "every strategy equally often",
-            "linucb": "linear in the observation, learned from training users",
-            "population_ucb": "prior from training users, then each user's own answers",
-            "epsilon_greedy": "from nothing with every user",
-            "ucb1": "from nothing with every user",
-            "thompson": "from nothing with every user",
-            "greedy oracle": "best expected reward right now",
-            "FIR": "full-information reference: told every strategy's answer after each request",
-        }
-        main = found["main"]
-        for k, strategy in enumerate(headroom.strategies):
-            main[strategy] = {fold: [headroom.folds[fold].strategies[k]] for fold in FOLDS}
-        main["greedy oracle"] = {fold: [headroom.greedy[fold]] for fold in FOLDS}
-        if headroom.fir:
-            main["FIR"] = {fold: [headroom.fir[fold]] for fold in FOLDS}
-        return [
-            PolicyPlays(
-                name,
-                _kind(name),
-                by_fold,
-                _mean(seconds.get(name)),
-                notes.get(name, ""),
-                found[SECOND].get(name),
-                # a fixed strategy is the same in both directions: its training users are the other direction's test users
-                by_fold if name in headroom.strategies else found["train"].get(name),
-            )
-            for name, by_fold in main.items()
-        ]
-
-
-def _always(strategy: int) -> Callable[[str], Player]:
-    from metarec_gym.evaluation.rollout import Fixed
-
-    return lambda test: Fixed(strategy)
-
-
-def _mean(values: list[float] | None) -> float | None:
-    return None if not values else float(np.mean(values))
-
-
-def _kind(name: str) -> str:
-    if name in LEARNERS:
-        return "learned"
-    if name in BANDITS:
-        return "bandit"
-    return "oracle" if name.endswith("oracle") or name == "FIR" else "fixed"
-
-
-def _train_command(job: TrainArgs) -> str:
-    parts = ["python", "-m", "experiments.train", "--agent", job.agent, "--world", str(job.world), "--fold", job.fold]
-    parts += ["--seed", str(job.seed), "--steps", str(job.steps), "--runs", str(job.runs)]
-    for flag, value in (("--horizon", job.horizon), ("--slate-size", job.slate_size)):
-        parts += [] if value is None else [flag, str(value)]
-    parts += ["--cost-weight", str(job.cost_weight)] if job.cost_weight else []
-    parts += ["--env", *job.env] if job.env != (SELECT_ID,) else []
-    return shlex.join([*parts, "--resume"])
-
-
-def _player_key(player: Any) -> str:
-    facts = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in vars(player).items()}
-    return content_hash({"player": type(player).__name__, **facts})
+    pairs: list[Pair]
+    frontiers: list[Frontier]
 
 
 def self_checks(policies: Sequence[PolicyPlays], headroom: Headroom) -> dict[str, str]:
@@ -468,15 +129,20 @@ def run(args: Args) -> Comparison:
         The comparison.
     """
     from metarec_gym.evaluation.explain.explanation import read_explanation
+    from metarec_gym.evaluation.hull import hull_markdown
     from metarec_gym.evaluation.leaderboard import TRAINED, csv_text, leaderboard, markdown_table, text_table
+    from metarec_gym.evaluation.pairs import paired_differences, pairs_markdown
     from metarec_gym.evaluation.report import ReportData, cautions, render
+    from metarec_gym.evaluation.report.comparison import frontier_lines
     from metarec_gym.evaluation.validity.findings import read_validity
     from metarec_gym.evaluation.verdict import RULE, decide
 
     started = time.perf_counter()
-    comparer = _Comparer(args)
+    comparer, command = Comparer(args), command_line()
     args, world = comparer.args, comparer.world
     print(world_line(world), flush=True)
+    for name, reason in comparer.skipped.items():
+        print(f"note  {name} is left out: {reason}")
     headroom, headroom_run = measure(
         world,
         args.world,
@@ -493,22 +159,29 @@ def run(args: Args) -> Comparison:
     for note in headroom.notes:
         print(f"note  {note}")
     jobs = comparer.training_args(headroom)
+    more = sorted(set(args.cost_weights) - {args.evaluation.cost_weight})
+    priced = {weight: comparer.training_args(headroom, weight) for weight in more}
+    all_jobs = [*jobs, *(job for part in priced.values() for job in part)]
     facts = {
         "kind": "compare",
         "world": world.hash,
         "headroom": headroom_run.key,
         "agents": comparer.agents,
         "rescored": comparer.second is not None,
-        "trainings": [train_folder(job).key for job in jobs],
-        "code": code_hash([*PLAY_CODE, "agents/bandits"]),
+        "trainings": [train_folder(job).key for job in all_jobs],
+        **({"cost_weights": more} if more else {}),
+        "code": code_hash([*PLAY_CODE, "agents"]),
     }
     folder = RunFolder(args.runs, f"compare_{world.name}", facts)
-    folder.begin(args, comparer.command)
-    comparer.train(jobs)
+    folder.begin(args, command)
+    comparer.train(all_jobs)
     # beside the headroom's plays: they are of the same world, settings and code
     policies = comparer.play(headroom, jobs, headroom_run.path / "plays")
     rows = leaderboard(policies, headroom, world.tensors["costs"].numpy())
     at = headroom.headline
+    pairs = paired_differences(policies, at)
+    again = comparer.play_priced(headroom, priced, headroom_run.path / "plays") if more else {}
+    frontiers = _frontiers(policies, again, headroom, args, world.tensors["costs"].numpy())
     learned = {row.name: row.lift_sched[at] for row in rows if row.kind in TRAINED}
     second = {
         RULE if row.name == "SCHED" else row.name: (row.lift_sbs[at], row.lift_sbs_second[at])
@@ -519,17 +192,20 @@ def run(args: Args) -> Comparison:
     checks = self_checks(policies, headroom)
 
     csv_path = write_atomic(folder.path / f"leaderboard_{world.name}.csv", csv_text(rows, headroom, world.name))
-    table = markdown_table(rows, at)
+    table = markdown_table(rows, headroom)
     lines = [world_line(world), headroom.line(), *headroom.reference_lines(), table]
-    lines += [SECOND_NOTE.format(min(RESCORE_REPLICATES, headroom.played))] if comparer.second is not None else []
+    lines += [SECOND_NOTE.format(comparer.few(headroom))] if comparer.second is not None else []
+    lines += ["## Paired differences, corrected for all of them", pairs_markdown(pairs)] if pairs else []
+    lines += ["## Quality and serving cost", ". ".join([*frontier_lines(frontiers), ""]).strip()]
+    lines += [hull_markdown(frontiers[0])]
     text = "\n\n".join([*lines, f"**{verdict.headline}.** {verdict.reason}"]) + "\n"
     text += "".join(f"\n{caution}\n" for caution in cautions(world))
     write_atomic(folder.path / "leaderboard.md", text)
     seeds = {a: args.seeds or LEARNERS[a].seeds for a in comparer.agents if a in LEARNERS}
     provenance = {
-        "command": comparer.command,
+        "command": command,
         "training commands": f"{args.runs}/<run>/command.txt, for example: "
-        + (_train_command(jobs[0]) if jobs else "none"),
+        + (train_command(jobs[0]) if jobs else "none"),
         "training seeds": ", ".join(f"{a}: {args.seed_base}..{args.seed_base + n - 1}" for a, n in seeds.items())
         or "none",
         "requests a training": f"{args.steps:,}",
@@ -552,9 +228,12 @@ def run(args: Args) -> Comparison:
         read_validity(args.world, world.hash),
         next((found for found in explained if found is not None), None),
         f"python -m experiments.explain --world {args.world} --policy {files[0]}" if files else "",
+        pairs,
+        frontiers,
+        _learning_curves(jobs),
     )
     report = write_atomic(folder.path / "report.html", render(data))
-    _tensorboard(folder.path, rows, headroom)
+    write_events(folder.path, rows, headroom, {"requests": args.steps, "cost_weight": args.evaluation.cost_weight})
     folder.finish(
         {
             "world": world.hash,
@@ -568,23 +247,31 @@ def run(args: Args) -> Comparison:
             "verdict": vars(verdict),
             "cautions": cautions(world),
             "checks": checks,
-            "rows": [_row_json(row, headroom) for row in rows],
+            "rows": [row_json(row, headroom) for row in rows],
+            "pairs": [_pair_json(pair) for pair in pairs],
+            "hull": [_frontier_json(found) for found in frontiers],
             "report": report.name,
             "leaderboard": csv_path.name,
         }
     )
     print()
-    print(text_table(rows, at))
+    print(text_table(rows, headroom))
     print()
     if comparer.second is not None:
-        print(f"note     {SECOND_NOTE.format(min(RESCORE_REPLICATES, headroom.played))}")
+        print(f"note     {SECOND_NOTE.format(comparer.few(headroom))}")
+    for pair in sorted((p for p in pairs if p.sure), key=lambda p: (p.role, -p.difference.estimate)):
+        print(
+            f"pair     {pair.policy} against {pair.against}: {pair.relative.as_percent()}, p (Holm) {pair.p_holm:.2g}"
+        )
+    for line in frontier_lines(frontiers):
+        print(f"cost     {line}")
     for name, outcome in checks.items():
         print(f"check    {name}: {outcome}")
     print(f"verdict  {verdict.headline}. {verdict.reason}")
     for caution in cautions(world):
         print(f"note     {caution}")
     print(f"report   {report}        curves   tensorboard --logdir {args.runs}")
-    return Comparison(rows, headroom, verdict, checks, folder.path)
+    return Comparison(rows, headroom, verdict, checks, folder.path, pairs, frontiers)
 
 
 def _headroom_command(args: Args) -> str:
@@ -594,12 +281,49 @@ def _headroom_command(args: Args) -> str:
     return shlex.join(parts)
 
 
-def _row_json(row: PolicyRow, headroom: Headroom) -> dict[str, Any]:
-    names = ("value", "lift_sbs", "lift_sched", "agc_user", "agc_greedy", "lift_sbs_second", "value_train")
+def _frontiers(
+    policies: Sequence[PolicyPlays],
+    priced: Mapping[float, Sequence[PolicyPlays]],
+    headroom: Headroom,
+    args: Args,
+    costs: NDArray[Any],
+) -> list[Frontier]:
+    """Quality against cost of everything that could be served (no oracle), seen from SBS and from SCHED."""
+    from metarec_gym.evaluation.hull import frontier, offer
+
+    weighted = {args.evaluation.cost_weight: [p for p in policies if p.kind != "oracle"], **priced}
+    offers = [
+        offer(
+            policy,
+            costs.astype(np.float64),
+            cost_weight=weight,
+            window=headroom.headline,
+            horizon=headroom.horizon,
+        )
+        for weight, part in weighted.items()
+        for policy in part
+    ]
+    return [frontier(offers, name) for name in ("SBS", "SCHED")]
+
+
+def _learning_curves(jobs: Sequence[TrainArgs]) -> list[LearningCurve]:
+    from metarec_gym.evaluation.learning_curves import learning_curve, read_scalars
+
+    found = []
+    for agent in dict.fromkeys(job.agent for job in jobs):
+        runs = [read_scalars(train_folder(job).path) for job in jobs if job.agent == agent]
+        found.append(learning_curve(agent, runs))
+    return [curve for curve in found if curve is not None]
+
+
+def row_json(row: PolicyRow, headroom: Headroom) -> dict[str, Any]:
+    """A row of the leaderboard as plain JSON."""
+    names = ("value", "lift_sbs", "lift_sched", "agc_user", "agc_greedy", "fir_share", "lift_sbs_second", "value_train")
     windows: dict[str, Any] = {}
     for index, window in enumerate(headroom.windows):
         intervals = {name: getattr(row, name)[index] if getattr(row, name) else None for name in names}
         windows[window.name] = {name: None if i is None else i.to_json() for name, i in intervals.items()}
+        windows[window.name]["iqm"] = row.iqm[index]
         windows[window.name]["model_dependent"] = row.model_dependent(index) if row.lift_sbs_second else None
     return {
         "policy": row.name,
@@ -607,6 +331,7 @@ def _row_json(row: PolicyRow, headroom: Headroom) -> dict[str, Any]:
         "seeds": row.seeds,
         "windows": windows,
         "entropy_bits": row.entropy,
+        "share": dict(zip(headroom.strategies, row.share.tolist(), strict=True)),
         "worst_decile": row.worst_decile,
         "cost": row.cost,
         "seconds": row.seconds,
@@ -614,19 +339,73 @@ def _row_json(row: PolicyRow, headroom: Headroom) -> dict[str, Any]:
     }
 
 
-def _tensorboard(folder: Path, rows: Sequence[PolicyRow], headroom: Headroom) -> None:
-    """Final value of every policy as scalars, in one events file that a repeated run replaces."""
-    from torch.utils.tensorboard import SummaryWriter
+def _pair_json(pair: Pair) -> dict[str, Any]:
+    intervals = {"difference": pair.difference.to_json(), "relative": pair.relative.to_json()}
+    return {"policy": pair.policy, "against": pair.against, "role": pair.role, **intervals, "p_holm": pair.p_holm}
 
-    for old in folder.glob("events.out.tfevents.*"):
+
+def _frontier_json(found: Frontier) -> dict[str, Any]:
+    cheapest = found.cheapest_without_loss()
+    return {
+        "reference": found.reference,
+        "saving_at_equal_quality": found.saving,
+        "gain_at_equal_cost": found.gain,
+        "cheapest_without_loss": None if cheapest is None else {"policy": cheapest[0].label, "saving": cheapest[1]},
+        "hull": [
+            {"policy": o.name, "cost_weight": o.weight, "cost": o.cost, "utility": o.utility, "against": i.to_json()}
+            for o, i in zip(found.hull, found.against, strict=True)
+        ],
+    }
+
+
+def write_events(folder: Path, rows: Sequence[PolicyRow], headroom: Headroom, settings: Mapping[str, Any]) -> None:
+    """Writes the comparison for TensorBoard: scalars by horizon, a page of custom scalars, a line of HParams a policy.
+
+    A repeated run replaces what an earlier one wrote.
+
+    Args:
+        folder: Of the comparison; each policy is a run of its own in `policies/`.
+        rows: The leaderboard.
+        headroom: Names the windows.
+        settings: Columns of the HParams page beside policy and kind; JSON scalars.
+    """
+    from torch.utils.tensorboard.summary import hparams
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    for old in (*folder.glob("events.out.tfevents.*"), *folder.glob("policies/*/events.out.tfevents.*")):
         old.unlink()
     writer = SummaryWriter(str(folder))
+    tags = {row.name: row.name.replace(" ", "_") for row in rows}
+    by_kind: dict[str, list[str]] = {}
     for row in rows:
+        by_kind.setdefault(row.kind, []).append(tags[row.name])
         for index, window in enumerate(headroom.windows[:-1]):
-            tag = row.name.replace(" ", "_")
-            writer.add_scalar(f"compare/utility/{tag}", row.value[index].estimate, window.last)
-            writer.add_scalar(f"compare/lift_sbs/{tag}", row.lift_sbs[index].estimate, window.last)
+            writer.add_scalar(f"compare/utility/{tags[row.name]}", row.value[index].estimate, window.last)
+            writer.add_scalar(f"compare/lift_sbs/{tags[row.name]}", row.lift_sbs[index].estimate, window.last)
+    pages = {"utility": "utility a request by horizon", "lift_sbs": "lift over the single best strategy by horizon"}
+    writer.add_custom_scalars(
+        {
+            page: {kind: ["Multiline", [f"compare/{tag}/{name}$" for name in names]] for kind, names in by_kind.items()}
+            for tag, page in pages.items()
+        }
+    )
     writer.close()
+    at = headroom.headline
+    for row in rows:
+        numbers = {
+            "compare/utility": row.value[at].estimate,
+            "compare/lift_sbs": row.lift_sbs[at].estimate,
+            "compare/lift_sched": row.lift_sched[at].estimate,
+            "compare/cost": row.cost,
+            "compare/seconds": row.seconds or 0.0,
+        }
+        one = SummaryWriter(str(folder / "policies" / tags[row.name]))
+        # into the policy's own file: SummaryWriter.add_hparams would open another run
+        for summary in hparams({"policy": row.name, "kind": row.kind, "seeds": row.seeds, **settings}, numbers):
+            one._get_file_writer().add_summary(summary)
+        for tag, number in numbers.items():
+            one.add_scalar(tag, number, headroom.horizon)
+        one.close()
 
 
 def main() -> None:

@@ -141,6 +141,15 @@ def test_compare_writes_every_file_and_a_second_run_trains_and_plays_nothing(
     for file in ("args.json", "command.txt", "result.json", "report.html", "leaderboard.md"):
         assert (result.folder / file).is_file()
     assert list(result.folder.glob("events.out.tfevents.*"))
+    # one run of the HParams page a policy
+    assert {p.parent.name for p in result.folder.glob("policies/*/events.out.tfevents.*")} >= {"ppo", "SBS", "FIR"}
+    stored = json.loads((result.folder / "result.json").read_text())
+    # three trained policies against SCHED, and two of them against the one hierarchical bandit
+    assert len(stored["pairs"]) == len(result.pairs) == 3 + 2
+    assert {found["reference"] for found in stored["hull"]} == {"SBS", "SCHED"}
+    page = (result.folder / "report.html").read_text()
+    for title in ("Which differences are sure", "Quality and serving cost", "What every policy serves"):
+        assert f"<h2>{title}</h2>" in page
     lines = list(csv.DictReader((result.folder / "leaderboard_synthetic.csv").read_text().splitlines()))
     assert len(lines) == len(names) * 3
 
@@ -149,7 +158,7 @@ def test_compare_writes_every_file_and_a_second_run_trains_and_plays_nothing(
 
     monkeypatch.setattr(tasks, "_run_here", never)
     again = compare.run(args)
-    before, after = (json.dumps([compare._row_json(r, x.headroom) for r in x.rows]) for x in (result, again))
+    before, after = (json.dumps([compare.row_json(r, x.headroom) for r in x.rows]) for x in (result, again))
     assert before == after
 
 
@@ -202,13 +211,13 @@ def test_policies_are_trained_in_the_environment_they_are_scored_in_but_by_the_m
     args = dataclasses.replace(
         _compare_args(two_judges, tmp_path, ("ppo",)), env=("patience=3", "base_rate_factor=0.5"), judge="second"
     )
-    comparer = compare._Comparer(args)
+    comparer = compare.Comparer(args)
     assert comparer.args.evaluation.env == {"patience": 3, "base_rate_factor": 0.5, "judge": "second"}
     # the second judge scores the table itself: there is no other one to score it again
     assert comparer.second is None
     job = comparer.training_args(_Horizon(4))[0]  # type: ignore[arg-type]
     assert train.env_of(job) == ("MetaRec/Select-v0", {"patience": 3, "base_rate_factor": 0.5})
-    assert "patience=3" in compare._train_command(job)
+    assert "patience=3" in compare.train_command(job)
     plain = dataclasses.replace(job, env=(train.SELECT_ID,))
     assert train.run_folder(job).key != train.run_folder(plain).key
 
@@ -253,6 +262,26 @@ def test_a_null_world_ends_in_just_use(tmp_path: Path) -> None:
         assert row.lift_sbs[result.headroom.headline].estimate == 0.0
         assert row.agc_user[result.headroom.headline] is None
         assert row.kind not in TRAINED or row.p_holm == 1.0
+
+
+def test_agents_are_chosen_by_kind_and_learn_again_for_every_cost_weight(world_folder: Path, tmp_path: Path) -> None:
+    small = _compare_args(world_folder, tmp_path, ("ppo", "population_ucb"))
+    args = dataclasses.replace(small, seeds=1, cost_weights=(5.0,))
+    comparer = compare.Comparer(dataclasses.replace(args, agents=("learned",)))
+    assert comparer.agents == tuple(name for name in train.LEARNERS if name not in comparer.skipped)
+    result = compare.run(args)
+    offers = {o.label: o for o in result.frontiers[0].offers}
+    plain, priced = offers["population_ucb"], offers["population_ucb (cost weight 5)"]
+    # serving costs 0.2, 0.6 and 1: a weight of 5 makes the cheapest strategy the best for everybody, worth 0.6 before cost
+    assert priced.cost == pytest.approx(0.2)
+    assert priced.utility == pytest.approx(0.6, abs=1e-5)
+    assert plain.cost > 0.25
+    # trained twice in each direction, and each training is played
+    assert len(list(tmp_path.glob("ppo_*"))) == 2 * 2
+    assert {"ppo", "ppo (cost weight 5)"} <= set(offers)
+    assert "per-user oracle" not in offers
+    assert "population_ucb (cost weight 5)" not in {row.name for row in result.rows}
+    assert "## Quality and serving cost" in (result.folder / "leaderboard.md").read_text()
 
 
 def test_unknown_agents_are_named(world_folder: Path, tmp_path: Path) -> None:

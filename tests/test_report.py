@@ -96,12 +96,12 @@ def test_costs_and_shares_follow_from_what_was_served(rows: list[PolicyRow]) -> 
 
 def test_tables_list_learned_policies_first_and_oracles_last(rows: list[PolicyRow], headroom: Headroom) -> None:
     assert ordered(rows, headroom.headline)[0].name == "<b>ppo</b> & co"
-    lines = text_table(rows, headroom.headline).splitlines()
+    lines = text_table(rows, headroom).splitlines()
     assert lines[0].startswith("policy")
     assert "AGC_user" in lines[0]
     assert lines[1].startswith("<b>ppo</b> & co (2 seeds)")
     assert lines[-1].startswith("per-user oracle")
-    assert markdown_table(rows, headroom.headline).count("\n") == len(rows) + 1
+    assert markdown_table(rows, headroom).count("\n") == len(rows) + 1
 
 
 def test_csv_has_a_line_for_each_policy_and_window(rows: list[PolicyRow], headroom: Headroom) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -138,6 +138,72 @@ def ratio_interval(
     return _interval(ratio - minus, variance, df, level, top.shape)
 
 
+def difference_interval(first: ArrayLike, second: ArrayLike, *, level: float = 0.95) -> Interval:
+    """Interval of mean(first) - mean(second), played on the same users, each with training seeds of its own.
+
+    Users are paired, seeds are not: seed 3 of one learner has nothing to do with seed 3 of another. With the two-way model for
+    each side, d_u the difference of a user's means over seeds, and n users,
+
+        variance = var(seed) / S + var'(seed) / S' + var(d_u) / n,
+
+    in which the rest is counted once too often (see `mean_interval`). Where the second side has one seed it is `mean_interval` of
+    the differences.
+
+    Args:
+        first: (users,) or (seeds, users).
+        second: (users,) or (its seeds, users), of the same users.
+        level: Confidence level.
+
+    Returns:
+        The interval; its `seeds` are those of the side with fewer, policies without training seeds aside.
+
+    Raises:
+        ValueError: When the sides have different users.
+    """
+    return _difference(_matrix(first), _matrix(second), level)
+
+
+def relative_difference(first: ArrayLike, second: ArrayLike, *, level: float = 0.95) -> Interval:
+    """Interval of mean(first) / mean(second) - 1, by linearisation; sides as in `difference_interval`.
+
+    Raises:
+        ValueError: When the sides have different users or the second one's mean is 0.
+    """
+    top, bottom = _matrix(first), _matrix(second)
+    mean = float(bottom.mean())
+    if mean == 0.0:
+        raise ValueError("the second side's mean is 0; a ratio to it says nothing")
+    ratio = float(top.mean()) / mean
+    # to first order the ratio moves as mean(first - ratio * second) / mean(second)
+    moved = _difference(top / mean, ratio * bottom / mean, level)
+    return replace(moved, estimate=ratio - 1.0, low=ratio - 1.0 + moved.low, high=ratio - 1.0 + moved.high)
+
+
+def _difference(first: Floats, second: Floats, level: float) -> Interval:
+    users = first.shape[1]
+    if second.shape[1] != users:
+        raise ValueError(f"the sides have {users} and {second.shape[1]} users, expected the same users in both")
+    by_user = first.mean(axis=0) - second.mean(axis=0)
+    user_part = float(by_user.var(ddof=1)) / users
+    parts = [(user_part, float(users - 1))]
+    rest_total, floor = 0.0, float(users - 1)
+    for side in (first, second):
+        seeds = side.shape[0]
+        if seeds > 1:
+            seed_part, _, rest_part = _parts(side)
+            parts += [(seed_part, float(seeds - 1)), (rest_part, float((seeds - 1) * (users - 1)))]
+            rest_total, floor = rest_total + rest_part, min(floor, float(seeds - 1))
+    seeded = [side.shape[0] for side in (first, second) if side.shape[0] > 1]
+    shape = (min(seeded, default=1), users)
+    # every side's rest is in its seed part and in the users' part: taken off once (its own part in the list is for the df)
+    variance = max(sum(part for part, _ in parts) - 2.0 * rest_total, rest_total)
+    if variance <= 0.0:
+        return _interval(float(by_user.mean()), 0.0, floor, level, shape)
+    spread = sum(part**2 / df for part, df in parts)
+    df = max(variance**2 / spread, floor) if spread > 0.0 else floor
+    return _interval(float(by_user.mean()), variance, df, level, shape)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values adjusted for having made all these comparisons (Holm 1979): claim those that stay below the level.
 
@@ -170,12 +236,7 @@ def _variance_of_mean(z: Floats) -> tuple[float, float]:
     seeds, users = z.shape
     if seeds == 1:
         return float(z.var(ddof=1)) / users, float(users - 1)
-    by_seed, by_user = z.mean(axis=1), z.mean(axis=0)
-    rest = z - by_seed[:, None] - by_user[None, :] + z.mean()
-    # E[seed_part] = var(seed)/S + var(rest)/(Sn), E[user_part] = var(user)/n + var(rest)/(Sn): the rest is in both
-    seed_part = float(by_seed.var(ddof=1)) / seeds
-    user_part = float(by_user.var(ddof=1)) / users
-    rest_part = float((rest**2).sum()) / ((seeds - 1) * (users - 1)) / (seeds * users)
+    seed_part, user_part, rest_part = _parts(z)
     # var(seed) and var(user) are not negative, so the sum is at least the rest's part
     variance = max(seed_part + user_part - rest_part, rest_part)
     if variance <= 0.0:
@@ -183,6 +244,18 @@ def _variance_of_mean(z: Floats) -> tuple[float, float]:
     spread = seed_part**2 / (seeds - 1) + user_part**2 / (users - 1) + rest_part**2 / ((seeds - 1) * (users - 1))
     # never fewer degrees of freedom than the poorer of the two samples has by itself
     return variance, max(variance**2 / spread, float(min(seeds, users) - 1)) if spread > 0.0 else float(seeds - 1)
+
+
+def _parts(z: Floats) -> tuple[float, float, float]:
+    """Mean squares of seeds, users and rest over seeds * users, for at least two seeds."""
+    seeds, users = z.shape
+    by_seed, by_user = z.mean(axis=1), z.mean(axis=0)
+    rest = z - by_seed[:, None] - by_user[None, :] + z.mean()
+    # E[seed_part] = var(seed)/S + var(rest)/(Sn), E[user_part] = var(user)/n + var(rest)/(Sn): the rest is in both
+    seed_part = float(by_seed.var(ddof=1)) / seeds
+    user_part = float(by_user.var(ddof=1)) / users
+    rest_part = float((rest**2).sum()) / ((seeds - 1) * (users - 1)) / (seeds * users)
+    return seed_part, user_part, rest_part
 
 
 @functools.lru_cache(maxsize=4096)

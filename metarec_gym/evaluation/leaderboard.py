@@ -16,6 +16,7 @@ from metarec_gym.evaluation.intervals import Floats, Interval, holm, mean_interv
 from metarec_gym.evaluation.metrics import (
     SEGMENTS,
     closed_gap,
+    interquartile_mean,
     lift,
     segment_of,
     segment_values,
@@ -85,15 +86,19 @@ class PolicyRow:
         kind: One of `KINDS`.
         seeds: Training seeds.
         value: Utility a request.
+        iqm: Interquartile mean over training seeds of the utility a request.
         lift_sbs: Lift over the single best strategy.
         lift_sched: Lift over the best non-personal rule.
         agc_user: Share of the per-user oracle's gap that is closed; None where that gap is not surely above 2 %.
         agc_greedy: Likewise for the greedy oracle.
+        fir_share: Share of the full-information reference's lift over the single best strategy; None where that lift is not
+            surely above 2 % or it was not played.
         entropy: Entropy of the strategies served, bits; mean over seeds.
         worst_decile: Utility of the tenth of users served worst, at the headline horizon.
         cost: Mean serving cost of a request relative to the dearest strategy.
         seconds: Mean training time.
         segment_value: Utility in each segment at the headline horizon; None where a segment has fewer than two users.
+        share: float64 (K,), share of all requests that each strategy served.
         segment_share: float64 (segments, K), share of requests that each strategy served.
         curve: float64 (3, T): mean, lower and upper bound of the expected reward of each request.
         p_holm: P-value of "lift over the best non-personal rule is 0", Holm-corrected over all trained policies.
@@ -106,15 +111,18 @@ class PolicyRow:
     kind: str
     seeds: int
     value: tuple[Interval, ...]
+    iqm: tuple[float, ...]
     lift_sbs: tuple[Interval, ...]
     lift_sched: tuple[Interval, ...]
     agc_user: tuple[Interval | None, ...]
     agc_greedy: tuple[Interval | None, ...]
+    fir_share: tuple[Interval | None, ...]
     entropy: float
     worst_decile: float
     cost: float
     seconds: float | None
     segment_value: tuple[Interval | None, ...]
+    share: Floats
     segment_share: Floats
     curve: Floats
     p_holm: float | None = None
@@ -175,6 +183,7 @@ def _row(policy: PolicyPlays, headroom: Headroom, costs: Floats, second_sbs: Flo
     greedy = headroom.pooled({f: headroom.greedy[f].value for f in FOLDS})
     windows = range(len(headroom.windows))
     gaps = [headroom.headrooms(p) for p in windows]
+    fir = headroom.pooled({f: headroom.fir[f].value for f in FOLDS}) if headroom.fir else None
     everything = [p for plays in policy.plays.values() for p in plays]
     served = np.sum([p.served.sum(axis=0) for p in everything], axis=0).astype(np.float64)
     by_seed = [sum(policy.plays[f][s].served.sum(axis=0) for f in FOLDS) for s in range(len(policy.plays[FOLDS[0]]))]
@@ -185,6 +194,7 @@ def _row(policy: PolicyPlays, headroom: Headroom, costs: Floats, second_sbs: Flo
         kind=policy.kind,
         seeds=values.shape[0],
         value=tuple(mean_interval(values[:, :, p]) for p in windows),
+        iqm=tuple(interquartile_mean(values[:, :, p].mean(axis=1)) for p in windows),
         lift_sbs=tuple(lift(values[:, :, p], sbs[:, p]) for p in windows),
         lift_sched=tuple(lift(values[:, :, p], sched[:, p]) for p in windows),
         agc_user=tuple(
@@ -193,11 +203,16 @@ def _row(policy: PolicyPlays, headroom: Headroom, costs: Floats, second_sbs: Flo
         agc_greedy=tuple(
             closed_gap(values[:, :, p], sbs[:, p], greedy[:, p], gaps[p]["greedy oracle"]) for p in windows
         ),
+        fir_share=tuple(
+            None if fir is None else closed_gap(values[:, :, p], sbs[:, p], fir[:, p], headroom.fir_lift(p))
+            for p in windows
+        ),
         entropy=float(np.mean([usage_entropy(counts) for counts in by_seed])),
         worst_decile=worst_decile(values[:, :, headroom.headline]),
         cost=float((served * costs).sum() / max(served.sum(), 1.0)),
         seconds=policy.seconds,
         segment_value=_segment_values(policy, headroom.headline),
+        share=served / max(served.sum(), 1.0),
         segment_share=_segment_share(everything, len(costs)),
         curve=np.array([[c.estimate for c in curve], [c.low for c in curve], [c.high for c in curve]]),
         note=policy.note,
@@ -235,29 +250,50 @@ def _segment_share(everything: list[Played], n_strategies: int) -> Floats:
 HEADER = (
     "policy",
     "utility/request [95 % CI]",
+    "IQM of seeds",
     "lift over SBS",
     "lift over SCHED",
     "AGC_user",
     "AGC_greedy",
+    "of FIR's lift",
     "entropy",
+    "cost",
+    "seconds",
 )
 
 
-def cells(row: PolicyRow, window: int) -> tuple[str, ...]:
-    """The row's cells under `HEADER` at one window."""
+def header(headroom: Headroom) -> tuple[str, ...]:
+    """`HEADER` with the horizons of the full-information column."""
+    early, horizon = early_window(headroom), headroom.windows[headroom.headline].name
+    at = horizon if early == headroom.headline else f"{headroom.windows[early].name} / {horizon}"
+    return tuple(f"{name} {at}" if name == "of FIR's lift" else name for name in HEADER)
+
+
+def early_window(headroom: Headroom) -> int:
+    """The shortest reported horizon: how fast a policy gets going; the headline where there is no other."""
+    return min(range(headroom.headline + 1), key=lambda p: headroom.windows[p].last)
+
+
+def cells(row: PolicyRow, window: int, early: int | None = None) -> tuple[str, ...]:
+    """The row's cells under `HEADER` at one window; the full-information share at `early` too."""
 
     def gap(interval: Interval | None) -> str:
         return "-" if interval is None else interval.as_number(2)
 
     name = row.name if row.seeds == 1 else f"{row.name} ({row.seeds} seeds)"
+    shares = [row.fir_share[p] for p in dict.fromkeys((window if early is None else early, window))]
     return (
         name,
         row.value[window].as_number(),
+        f"{row.iqm[window]:.3f}" if row.seeds > 1 else "-",
         row.lift_sbs[window].as_percent(),
         row.lift_sched[window].as_percent(),
         gap(row.agc_user[window]),
         gap(row.agc_greedy[window]),
+        " / ".join("-" if s is None else f"{100 * s.estimate:.0f} %" for s in shares),
         f"{row.entropy:.2f} bits",
+        f"{row.cost:.2f}",
+        "-" if row.seconds is None else f"{row.seconds:.1f}",
     )
 
 
@@ -268,27 +304,28 @@ def second_cell(row: PolicyRow, window: int) -> str:
     return row.lift_sbs_second[window].as_percent() + (" model-dependent" if row.model_dependent(window) else "")
 
 
-def _lines(rows: Sequence[PolicyRow], window: int) -> list[tuple[str, ...]]:
+def _lines(rows: Sequence[PolicyRow], headroom: Headroom) -> list[tuple[str, ...]]:
     """Header and rows; the second judge's column is there when something was played under it."""
+    window, early = headroom.headline, early_window(headroom)
     chosen = ordered(rows, window)
     if not any(row.lift_sbs_second for row in rows):
-        return [HEADER, *(cells(row, window) for row in chosen)]
+        return [header(headroom), *(cells(row, window, early) for row in chosen)]
     return [
-        (*HEADER, "lift over SBS, second judge"),
-        *((*cells(row, window), second_cell(row, window)) for row in chosen),
+        (*header(headroom), "lift over SBS, second judge"),
+        *((*cells(row, window, early), second_cell(row, window)) for row in chosen),
     ]
 
 
-def text_table(rows: Sequence[PolicyRow], window: int) -> str:
-    """The leaderboard in aligned columns, best first within each kind."""
-    lines = _lines(rows, window)
+def text_table(rows: Sequence[PolicyRow], headroom: Headroom) -> str:
+    """The leaderboard at the headline horizon in aligned columns, best first within each kind."""
+    lines = _lines(rows, headroom)
     widths = [max(len(line[c]) for line in lines) for c in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def markdown_table(rows: Sequence[PolicyRow], window: int) -> str:
-    """The leaderboard as a Markdown table."""
-    head, *body = _lines(rows, window)
+def markdown_table(rows: Sequence[PolicyRow], headroom: Headroom) -> str:
+    """The leaderboard at the headline horizon as a Markdown table."""
+    head, *body = _lines(rows, headroom)
     top = f"| {' | '.join(head)} |\n|{'---|' * len(head)}"
     return "\n".join([top, *(f"| {' | '.join(line)} |" for line in body)])
 
@@ -302,11 +339,11 @@ def ordered(rows: Sequence[PolicyRow], window: int) -> list[PolicyRow]:
 def csv_text(rows: Sequence[PolicyRow], headroom: Headroom, world: str) -> str:
     """One line for each policy and window."""
     out = io.StringIO()
-    names = ("value", "lift_sbs", "lift_sched", "agc_user", "agc_greedy")
+    names = ("value", "lift_sbs", "lift_sched", "agc_user", "agc_greedy", "fir_share")
     columns = ["world", "policy", "kind", "horizon", "value", "lo", "hi"]
     columns += [f"{name}{end}" for name in names[1:] for end in ("", "_lo", "_hi")]
     columns += ["lift_sbs_second", "lift_sbs_second_lo", "lift_sbs_second_hi", "model_dependent", "value_train_judge"]
-    columns += ["p_holm_sched", "entropy_bits", "worst_decile", "cost", "seconds", "seeds", "users"]
+    columns += ["iqm", "p_holm_sched", "entropy_bits", "worst_decile", "cost", "seconds", "seeds", "users"]
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
     for row in ordered(rows, headroom.headline):
@@ -323,7 +360,7 @@ def csv_text(rows: Sequence[PolicyRow], headroom: Headroom, world: str) -> str:
             else:
                 line += [""] * 4
             line += [f"{row.value_train[index].estimate:.6g}" if row.value_train else ""]
-            line += ["" if row.p_holm is None else f"{row.p_holm:.4g}", f"{row.entropy:.4f}"]
+            line += [f"{row.iqm[index]:.6g}", "" if row.p_holm is None else f"{row.p_holm:.4g}", f"{row.entropy:.4f}"]
             line += [f"{row.worst_decile:.6g}", f"{row.cost:.4f}"]
             line += ["" if row.seconds is None else f"{row.seconds:.1f}", row.seeds, row.value[index].users]
             writer.writerow(line)

@@ -80,6 +80,17 @@ def worst_decile(values: ArrayLike) -> float:
     return float(np.sort(array)[: max(1, len(array) // 10)].mean())
 
 
+def interquartile_mean(scores: ArrayLike) -> float:
+    """Mean of the middle half of the scores: a quarter of them, rounded down, is left out at either end (Agarwal et al., 2021).
+
+    Args:
+        scores: One score a training seed, (seeds,).
+    """
+    ranked = np.sort(np.asarray(scores, dtype=np.float64))
+    cut = len(ranked) // 4
+    return float(ranked[cut : len(ranked) - cut].mean())
+
+
 def segment_of(history_length: ArrayLike) -> NDArray[np.int64]:
     """Index into `SEGMENTS` of each history length."""
     return cast("NDArray[np.int64]", np.digitize(np.asarray(history_length), SEGMENT_EDGES))

@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metarec_gym.evaluation.leaderboard import TRAINED, PolicyRow, cells, ordered, second_cell
+from metarec_gym.evaluation.leaderboard import TRAINED, PolicyRow, cells, early_window, ordered, second_cell
 from metarec_gym.evaluation.metrics import MIN_HEADROOM, SEGMENT_EDGES, SEGMENTS
 from metarec_gym.evaluation.report.cards import cautions, data_card, world_card
+from metarec_gym.evaluation.report.comparison import hull_section, learning_section, pairs_section, usage_section
 from metarec_gym.evaluation.report.explanation import explanation_section
 from metarec_gym.evaluation.report.figures import DASHES, FAINT, INK, MAX_CURVES, SERIES, drawing, figure_html
 from metarec_gym.evaluation.report.parts import bar, document, escape, rows_table, section
 
 if TYPE_CHECKING:
     from metarec_gym.evaluation.headroom import Headroom
+    from metarec_gym.evaluation.hull import Frontier
+    from metarec_gym.evaluation.learning_curves import LearningCurve
+    from metarec_gym.evaluation.pairs import Pair
     from metarec_gym.evaluation.verdict import Verdict
     from metarec_gym.world import World
 
@@ -35,6 +39,9 @@ class ReportData:
         validity: What `experiments.validity` found for this world; None when it was not asked.
         explanation: What `experiments.explain` found for one of the trained policies; None when it was not asked.
         explain_hint: The command that explains one; empty where nothing was trained.
+        pairs: Trained policies against the ones that a claim names.
+        frontiers: Quality against cost, seen from one policy in use each; they share their hull.
+        learning: Learning curves.
     """
 
     world: World
@@ -46,6 +53,9 @@ class ReportData:
     validity: Mapping[str, Any] | None = None
     explanation: Mapping[str, Any] | None = None
     explain_hint: str = ""
+    pairs: Sequence[Pair] = ()
+    frontiers: Sequence[Frontier] = ()
+    learning: Sequence[LearningCurve] = ()
 
 
 def render(data: ReportData) -> str:
@@ -65,10 +75,14 @@ def render(data: ReportData) -> str:
     blocks = [
         _verdict(data),
         section("Is there anything to win?", _headroom(data)),
-        section("Every policy", _table(rows, headline, data.headroom.horizon)),
+        section("Every policy", _table(rows, data.headroom)),
         section("Lift over the single best strategy", _forest(rows, headline)),
+        pairs_section(data.pairs),
+        hull_section(data.frontiers),
         section("Utility over the episode", _curves(rows)),
         section("Who gets which strategy", _segments(data, by_name)),
+        usage_section(rows, data.headroom.strategies),
+        learning_section(data.learning),
         explanation_section(data.explanation, data.explain_hint),
         section("Shorter horizons and the end of the episode", _windows(data, rows)),
         validity_section(data.validity),
@@ -124,38 +138,45 @@ def _headroom(data: ReportData) -> str:
     )
 
 
-def _table(rows: Sequence[PolicyRow], window: int, horizon: int) -> str:
+def _table(rows: Sequence[PolicyRow], headroom: Headroom) -> str:
+    window, early = headroom.headline, early_window(headroom)
+    at = " / ".join(headroom.windows[p].name for p in dict.fromkeys((early, window)))
     head = (
         "policy",
         "utility a request [95 %]",
+        "IQM of seeds",
         "lift over SBS",
         "lift over SCHED",
         "AGC<sub>user</sub>",
         "AGC<sub>greedy</sub>",
+        f"of FIR's lift<br>{escape(at)}",
         "strategies used",
-        "worst-served tenth",
         "cost",
+        "seconds",
+        "worst-served tenth",
     )
     lines, group = [], ""
     for row in rows:
         kind = "learned" if row.kind in TRAINED else row.kind
-        cell = [escape(c) for c in cells(row, window)]
+        cell = [escape(c) for c in cells(row, window, early)]
         cell[0] = f"<b>{cell[0]}</b>" + (f"<br><small>{escape(row.note)}</small>" if row.note else "")
-        for index, interval in ((2, row.lift_sbs[window]), (3, row.lift_sched[window])):
+        for index, interval in ((3, row.lift_sbs[window]), (4, row.lift_sched[window])):
             tone = "up" if interval.low > 0 else "down" if interval.high < 0 else ""
             cell[index] = f"<span class='{tone}'>{cell[index]}</span>"
         if row.lift_sbs_second:
-            cell[2] += f"<br><small>second judge {escape(second_cell(row, window))}</small>"
+            cell[3] += f"<br><small>second judge {escape(second_cell(row, window))}</small>"
         if kind != group:
             group = kind
             lines.append([f"<i>{escape(kind)}</i>", *[""] * (len(head) - 1)])
-        lines.append([*cell, f"{row.worst_decile:.3f}", f"{row.cost:.2f}"])
+        lines.append([*cell, f"{row.worst_decile:.3f}"])
     return (
-        f"<p>T = {horizon}. Utility is the expected reward of a request, zero after the user left. SBS: single best strategy. "
-        "SCHED: best non-personal rule. Both are chosen on the training users. AGC: share of an oracle's gap that is closed "
-        f"(0 = SBS, 1 = oracle), shown only where that gap is surely above {MIN_HEADROOM:.0%}. Strategies used: entropy, "
-        "0 bits = always the same. Cost: serving cost of a request, dearest strategy = 1. Coloured: the interval excludes 0. "
-        "Second judge: the same choices scored by a response model of another family."
+        f"<p>T = {headroom.horizon}. Utility is the expected reward of a request, zero after the user left. SBS: single best "
+        "strategy. SCHED: best non-personal rule. Both are chosen on the training users. AGC: share of an oracle's gap that "
+        f"is closed (0 = SBS, 1 = oracle), shown only where that gap is surely above {MIN_HEADROOM:.0%}. Strategies used: "
+        "entropy, 0 bits = always the same. Cost: serving cost of a request, dearest strategy = 1. Seconds: "
+        "wall time of learning, one seed. IQM: mean over the middle half of the seeds. Of FIR's lift: share of what a learner "
+        "that is told every strategy's answer gains over SBS, shown where that is surely above 2 %. Coloured: the interval "
+        "excludes 0. Second judge: the same choices scored by a response model of another family."
         "</p>" + rows_table(head, lines, kind="board")
     )
 

@@ -1,0 +1,152 @@
+"""Every agent that plays on the leaderboard beside those that `experiments.train` trains: name, kind, seeds, how it learns.
+
+An entry learns from a `Lesson`: a budget of requests to the users of one fold, answered by that fold's main judge. What it
+returns is a policy that is played on users it has never met; it may go on learning inside each episode.
+
+    from agents.roster import ROSTER, Lesson
+
+    policy = ROSTER["population_ucb"].learn(Lesson.of(world, "A", seed=0, requests=50_000, horizon=20))
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from agents.bandits.lessons import BANDITS
+from metarec_gym.policy import Policy
+
+if TYPE_CHECKING:
+    from metarec_gym.envs.vector_env import MetaRecVectorEnv
+    from metarec_gym.world import World
+
+KINDS = ("learned", "bandit", "search", "supervised", "fixed")
+"""What an entry may be; oracles are no entries: they see what no policy may see."""
+SIGHTS = ("history", "request", "answers")
+"""What a choice may rest on: the user's history, the request's number, the user's own answers in the episode."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What an agent may learn from.
+
+    Attributes:
+        world: The world.
+        fold: Whose users, "A" or "B".
+        seed: Training seed: decides everything random.
+        requests: Budget. Requests served to training users count, whoever serves them and whatever for.
+        horizon: Requests an episode.
+        make_env: `make_env(num_envs, **settings)` gives a torch vector environment of the fold's users and main judge that
+            resets in the same step; settings are those of `EnvConfig`.
+    """
+
+    world: World
+    fold: str
+    seed: int
+    requests: int
+    horizon: int
+    make_env: Callable[..., MetaRecVectorEnv]
+
+    @classmethod
+    def of(
+        cls, world: World | str | Path, fold: str, *, seed: int, requests: int, horizon: int, **settings: Any
+    ) -> Self:
+        """A lesson in a world.
+
+        Args:
+            world: A World or its folder.
+            fold: "A" or "B".
+            seed: Training seed.
+            requests: Budget.
+            horizon: Requests an episode.
+            **settings: Of every environment that the lesson makes, e.g. `slate_size` or `cost_weight`.
+        """
+        from metarec_gym.envs.vector_env import MetaRecVectorEnv
+        from metarec_gym.world import resolve_world
+
+        found = resolve_world(world)
+
+        def make_env(num_envs: int, **more: Any) -> MetaRecVectorEnv:
+            fixed = {"world": found, "fold": fold, "output": "torch", "autoreset_mode": "SameStep"}
+            return MetaRecVectorEnv(num_envs, **{**fixed, "horizon": horizon, **settings, **more})
+
+        return cls(found, fold, seed, requests, horizon, make_env)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One agent.
+
+    Attributes:
+        kind: One of `KINDS`.
+        seeds: Training seeds it is compared with; 1 where nothing is drawn.
+        learn: Lesson -> policy; what is learned from training users lies in the policy.
+        note: One line on what it is.
+        needs: Modules outside the core dependencies; the entry is skipped where one is missing.
+        sees: What its choice can rest on, of `SIGHTS`; decides which known optimum it must reach (`tests/known_worlds.py`).
+        explores: Share of the requests that it spends on a uniform choice for ever.
+    """
+
+    kind: str
+    seeds: int
+    learn: Callable[[Lesson], Policy]
+    note: str = ""
+    needs: tuple[str, ...] = ()
+    sees: tuple[str, ...] = ("history", "request")
+    explores: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or not set(self.sees) <= set(SIGHTS) or self.seeds < 1:
+            raise ValueError(
+                f"kind is {self.kind!r}, sees {self.sees} and seeds {self.seeds}; expected a kind of {KINDS}, sights of "
+                f"{SIGHTS} and at least one seed"
+            )
+
+    def missing(self) -> tuple[str, ...]:
+        """Modules that it needs and that are not installed."""
+        return absent(self.needs)
+
+
+def absent(modules: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the modules that are not installed."""
+    return tuple(name for name in modules if importlib.util.find_spec(name) is None)
+
+
+_ANSWERS = ("answers",)
+_SEES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("epsilon_greedy", "softmax", "ucb1", "thompson", "beta_thompson", "exp3"), _ANSWERS),
+    **dict.fromkeys(("population_ucb", "population_thompson"), _ANSWERS),
+    **dict.fromkeys(("neural_linear", "tuned_hierarchical"), ("history", "request", "answers")),
+}
+_EXPLORES = {"epsilon_greedy": 0.1, "exp3": 0.1}
+
+ROSTER: dict[str, Entry] = {
+    name: Entry(
+        "bandit", seeds, learn, note, sees=_SEES.get(name, ("history", "request")), explores=_EXPLORES.get(name, 0.0)
+    )
+    for name, (learn, seeds, note) in BANDITS.items()
+}
+"""The agents, by name."""
+
+
+def pick(chosen: tuple[str, ...], learners: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Names for a choice by names and kinds, in the order of `learners` and the roster.
+
+    Args:
+        chosen: Names, kinds or `all`.
+        learners: Names outside the roster, of kind "learned".
+
+    Raises:
+        ValueError: When something chosen is neither a name nor a kind.
+    """
+    kind_of = {**dict.fromkeys(learners, "learned"), **{name: entry.kind for name, entry in ROSTER.items()}}
+    wanted = set(chosen)
+    unknown = sorted(wanted - {"all", *KINDS, *kind_of})
+    if unknown:
+        raise ValueError(
+            f"--agents names {unknown}; known are all, the kinds {', '.join(KINDS)}, and the names {', '.join(kind_of)}"
+        )
+    return tuple(name for name, kind in kind_of.items() if wanted & {"all", name, kind})
