@@ -124,7 +124,7 @@ def hit_rate(policy: MlpPolicy, env: ToyEnv, steps: int = 100) -> float:
     obs, infos = env.reset(seed=99)
     total = 0.0
     for _ in range(steps):
-        probs = policy.action_probs(obs, ppo.action_mask(infos, obs, env.size))
+        probs = policy.action_probs(obs, ppo.action_mask(infos, len(obs), ppo.Choice(env.size), obs.device))
         obs, reward, _, _, infos = env.step(probs.argmax(dim=1))
         total += float(reward.mean())
     return total / steps
@@ -196,7 +196,7 @@ def test_the_observation_after_a_reset_never_enters_the_advantages_of_the_episod
         training = ppo.Training(env, ppo.Args(num_steps=8, reward_scale=1.0))
         roll = ppo.collect(env, training.net, training.live, 8, training.generators["action"])
         assert bool(roll.obs[8].isnan().all()) == poison
-        batches.append(ppo.make_batch(training.net, roll, training.args, 1.0))
+        batches.append(ppo.make_batch(training.net, roll, training.args, 1.0)[0])
     assert torch.equal(batches[0].advantage, batches[1].advantage)
 
 
@@ -206,7 +206,7 @@ def test_next_step_reset_rows_are_neither_counted_nor_learned_from() -> None:
     roll = ppo.collect(env, training.net, training.live, 10, training.generators["action"])
     # 4 requests, 1 reset, 4 requests, 1 reset
     assert roll.valid[:, 0].tolist() == [True] * 4 + [False] + [True] * 4 + [False]
-    assert len(ppo.make_batch(training.net, roll, training.args, 1.0).action) == 3 * 8
+    assert len(ppo.make_batch(training.net, roll, training.args, 1.0)[0].action) == 3 * 8
     training.iterate()
     assert training.metrics["rollout/ep_len_mean"] == 4.0
 
@@ -225,8 +225,8 @@ def test_the_first_gradient_step_meets_ratio_one() -> None:
     for invalid in (0, 3):
         training = ppo.Training(ToyEnv(16, 8, invalid=invalid), ppo.Args(num_steps=16, reward_scale=1.0))
         roll = ppo.collect(training.env, training.net, training.live, 16, training.generators["action"])
-        batch = ppo.make_batch(training.net, roll, training.args, 1.0)
-        log_probs = training.net.log_probs(batch.obs, batch.mask).gather(1, batch.action[:, None])[:, 0]
+        batch = ppo.make_batch(training.net, roll, training.args, 1.0)[0]
+        log_probs, _ = training.net.head.log_prob(training.net.output(batch.obs), batch.mask, batch.action)
         assert float(((log_probs - batch.log_prob).exp() - 1).abs().max().detach()) < 1e-6
         scalars = ppo.update(training.net, training.optimizer, batch, training.args, [torch.arange(256)])
         assert float(scalars["train/approx_kl"]) < 1e-6
@@ -234,11 +234,11 @@ def test_the_first_gradient_step_meets_ratio_one() -> None:
 
 
 def test_a_forbidden_strategy_has_probability_zero_no_gradient_and_no_entropy() -> None:
-    net = ppo.ActorCritic(4, 6, (8,), torch_generator(0))
+    net = ppo.ActorCritic(4, ppo.Choice(6), ppo.Args(hidden=(8,)), torch_generator(0))
     mask = torch.tensor([[True, False, True, True, False, False], [False, True, False, False, False, False]])
     seen: list[Tensor] = []
     net.actor.register_forward_hook(lambda _module, _inputs, output: seen.append(output) or output.retain_grad())
-    log_probs = net.log_probs(torch.rand(2, 4, generator=torch_generator(1)), mask)
+    log_probs = net.head.log_probs(net.output(torch.rand(2, 4, generator=torch_generator(1))), mask)
     probs = log_probs.exp()
     entropy = -(probs * log_probs).sum(dim=1)
     assert bool((probs[~mask] == 0).all())
@@ -412,6 +412,7 @@ def test_metarec_ppo_beats_the_uniform_choice_on_the_synthetic_world() -> None:
 @pytest.mark.parametrize("mutation", ["advantage sign", "no termination", "stale mask", "reset value"])
 def test_each_planted_error_is_caught_by_a_test_above(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     true_advantages, true_values, true_mask = ppo.advantages_of, ppo.values_of, ppo.action_mask
+    learning, rollout, run = agents.ppo.learning, agents.ppo.rollout, agents.ppo.training
     check = test_ppo_learns_the_identity_within_1200_steps
     if mutation == "advantage sign":
         monkeypatch.setattr(ppo, "advantages_of", lambda *args: -true_advantages(*args))

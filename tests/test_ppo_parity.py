@@ -54,7 +54,7 @@ def sb3_model(**settings: Any) -> PPO:
 
 def ours_of(model: PPO) -> tuple[ppo.ActorCritic, torch.optim.Optimizer]:
     """Our network and optimiser in the state of the model's."""
-    net = ppo.ActorCritic(4, 2, (64, 64), torch_generator(0))
+    net = ppo.ActorCritic(4, ppo.Choice(2), ppo.Args(), torch_generator(0))
     pairs = [*parameter_pairs(net, model)]
     optimizer = torch.optim.Adam(net.parameters(), lr=model.learning_rate, eps=1e-5, fused=True)
     with torch.no_grad():
