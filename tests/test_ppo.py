@@ -1,4 +1,18 @@
-"""PPO does what its formulas say, learns what is known to be learnable, and resumes bit for bit."""
+"""PPO does what its formulas say, learns what is known to be learnable, and resumes bit for bit.
+
+Which test is which, in this file if no other is named:
+
+- P1 advantages: equal a numpy loop, the closed form, and SB3's buffer (test_ppo_parity).
+- P2 truncation: an endless task is worth 50 only with the bootstrap; the observation after a reset never enters.
+- P3 one update equals SB3's, P5 also masked against sb3-contrib: test_ppo_parity. Masked choices have no gradient and no entropy.
+- P4 (whole runs against SB3 with shared noise) is not here; both parts are: advantages and updates equal, rollouts by P6 and P8.
+- P6 ratio one at the first gradient step; with memory: test_ppo_memory.
+- P7 equal seeds, equal policies; numpy equals torch output (test_ppo_options); several processes equal one (test_ppo_team).
+- P8 both autoreset modes: reset rows are not learned from; whole episodes teach the same (test_ppo_options).
+- P9 each planted error is caught; more of them in test_ppo_parity and test_ppo_memory.
+- L1 identity, L2 with and without masks, L3 CartPole, L4 a cue that only a memory keeps (test_ppo_memory), L6 the synthetic world
+  here and in test_known_optimum; L5 (LunarLander) needs Box2D and is not here.
+"""
 
 from __future__ import annotations
 
