@@ -309,9 +309,7 @@ def run(args: Args) -> dict[str, Any]:
         raise ValueError(f"--exploration is {args.exploration}, expected a share above 0 and at most 1")
     truth, log = _synthetic(args) if args.log is None and args.world is None else _real(args)
     asked = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("runs", "quiet", "log", "world")}
-    code = code_hash(
-        (*ENV_CODE, "agents/ppo.py", "metarec_gym/evaluation/deployment.py", "experiments/feedback_loop.py")
-    )
+    code = code_hash((*ENV_CODE, "agents/ppo", "metarec_gym/evaluation/deployment.py", "experiments/feedback_loop.py"))
     facts = {"kind": "feedback_loop", "truth": truth.world.hash, "log": log.hash, "asked": asked, "code": code}
     folder = RunFolder(args.runs, f"feedback_loop_{log.name}", facts)
     if folder.result() is None:

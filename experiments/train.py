@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from agents.ppo.judges import with_judges
 from experiments.env_settings import env_settings
 from experiments.run_folder import ENV_CODE, RunFolder, code_hash
 
@@ -36,10 +37,15 @@ class Learner:
     num_envs: int
     num_steps: int
     output: Literal["torch", "numpy"]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Hyperparameters that differ from the module's defaults."""
 
 
 LEARNERS = {
     "ppo": Learner("agents.ppo", seeds=10, num_envs=256, num_steps=33, output="torch"),
+    "ppo_gru": Learner(
+        "agents.ppo", seeds=10, num_envs=256, num_steps=33, output="torch", settings={"recurrent": True}
+    ),
     "sb3_ppo": Learner("agents.sb3", seeds=5, num_envs=256, num_steps=33, output="numpy"),
 }
 
@@ -50,14 +56,15 @@ class Args:
 
     world: Path | None = None
     """Folder of the world; if absent that of a scenario (`--env MetaRec/MovieLens100K-Select-v0`), else the synthetic one."""
-    agent: Literal["ppo", "sb3_ppo"] = "ppo"
-    """The learner."""
+    agent: Literal["ppo", "ppo_gru", "sb3_ppo"] = "ppo"
+    """The learner; `ppo_gru` is PPO with a memory of the episode."""
     env: tuple[str, ...] = (SELECT_ID,)
     """Registered id of the environment, then further settings of it, KEY=VALUE each (JSON values), in any order."""
     session_requests: int | None = None
     """Requests a session: episodes then span several sessions. None: the whole episode is one session."""
     judge: str = "main"
-    """Which of the fold's judges answers: main, second (another family), uniform or popularity (other samplers)."""
+    """Which of the fold's judges answers: main, second (another family), uniform or popularity (other samplers); several with
+    commas share the users out, so that the policy does not lean on one judge's beliefs (`main,second`; our PPO only)."""
     fold: Literal["A", "B"] = "A"
     """Whose users and judge to train on; score on the other."""
     seed: int = 0
@@ -94,7 +101,16 @@ def env_of(args: Args) -> tuple[str, dict[str, Any]]:
     if len(ids) > 1:
         raise ValueError(f"--env gives the ids {ids}; expected one, and KEY=VALUE for settings")
     pairs = [text for text in args.env if "=" in text]
-    return ids[0], env_settings(pairs, session_requests=args.session_requests, judge=args.judge)
+    judges = args.judge.split(",")
+    # every judge's name is looked at; several go on as one setting
+    checked = [env_settings(pairs, session_requests=args.session_requests, judge=judge) for judge in judges]
+    return ids[0], checked[0] | ({"judge": args.judge} if len(judges) > 1 else {})
+
+
+def learner_code(learner: Learner) -> tuple[str, ...]:
+    """The files that decide what a learner does."""
+    path = learner.module.replace(".", "/")
+    return (path, f"{path}.py")
 
 
 def learner_args(args: Args) -> Any:
@@ -104,7 +120,7 @@ def learner_args(args: Args) -> Any:
         ValueError: When `--set` names no hyperparameter of the learner.
     """
     module = importlib.import_module(LEARNERS[args.agent].module)
-    default = module.Args()
+    default = dataclasses.replace(module.Args(), **LEARNERS[args.agent].settings)
     fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
     changes: dict[str, Any] = {"seed": args.seed, "total_steps": args.steps}
     if args.horizon is not None and "num_steps" in fields:
@@ -163,7 +179,7 @@ def run_folder(args: Args) -> RunFolder:
         "cost_weight": args.cost_weight,
         "device": args.device.split(":")[0],
         "learner": learner_args(args),
-        "code": code_hash((*ENV_CODE, learner.module.replace(".", "/") + ".py")),
+        "code": code_hash((*ENV_CODE, *learner_code(learner))),
     }
     return RunFolder(args.runs, f"{args.agent}_{args.fold}_seed{args.seed}", facts)
 
@@ -190,20 +206,30 @@ def run(args: Args, command: str | None = None) -> dict[str, Any]:
     learner = LEARNERS[args.agent]
     world = world_of(args)
     env_id, settings = env_of(args)
-    env: Any = gymnasium.make_vec(
-        env_id,
-        num_envs=args.num_envs or learner.num_envs,
-        vectorization_mode="vector_entry_point",
-        world=world,
-        fold=args.fold,
-        horizon=args.horizon,
-        slate_size=args.slate_size,
-        cost_weight=args.cost_weight,
-        device=args.device,
-        output=learner.output,
-        autoreset_mode="SameStep",
-        **settings,
-    )
+    judges = settings.pop("judge", "main").split(",")
+    if len(judges) > 1 and learner.output != "torch":
+        raise ValueError(
+            f"--judge {args.judge}: {args.agent} learns from one judge at a time; several need ppo or ppo_gru"
+        )
+
+    def make(num_envs: int, judge: str) -> Any:
+        chosen = settings if judge == "main" else settings | {"judge": judge}
+        return gymnasium.make_vec(
+            env_id,
+            num_envs=num_envs,
+            vectorization_mode="vector_entry_point",
+            world=world,
+            fold=args.fold,
+            horizon=args.horizon,
+            slate_size=args.slate_size,
+            cost_weight=args.cost_weight,
+            device=args.device,
+            output=learner.output,
+            autoreset_mode="SameStep",
+            **chosen,
+        )
+
+    env: Any = with_judges(make, judges, args.num_envs or learner.num_envs)
     step = env.step
 
     def counted(actions: Any) -> Any:
@@ -220,9 +246,9 @@ def run(args: Args, command: str | None = None) -> dict[str, Any]:
         {
             "agent": args.agent,
             "env": env_id,
-            "env_settings": settings,
+            "env_settings": env_of(args)[1],
             "world": world.hash,
-            "response": world.judge(args.fold, settings.get("judge", "main")).hash,
+            "response": "+".join(world.judge(args.fold, judge).hash for judge in judges),
             "fold": args.fold,
             "seed": args.seed,
             "device": args.device,

@@ -1,4 +1,18 @@
-"""PPO does what its formulas say, learns what is known to be learnable, and resumes bit for bit."""
+"""PPO does what its formulas say, learns what is known to be learnable, and resumes bit for bit.
+
+Which test is which, in this file if no other is named:
+
+- P1 advantages: equal a numpy loop, the closed form, and SB3's buffer (test_ppo_parity).
+- P2 truncation: an endless task is worth 50 only with the bootstrap; the observation after a reset never enters.
+- P3 one update equals SB3's, P5 also masked against sb3-contrib: test_ppo_parity. Masked choices have no gradient and no entropy.
+- P4 (whole runs against SB3 with shared noise) is not here; both parts are: advantages and updates equal, rollouts by P6 and P8.
+- P6 ratio one at the first gradient step; with memory: test_ppo_memory.
+- P7 equal seeds, equal policies; numpy equals torch output (test_ppo_options); several processes equal one (test_ppo_team).
+- P8 both autoreset modes: reset rows are not learned from; whole episodes teach the same (test_ppo_options).
+- P9 each planted error is caught; more of them in test_ppo_parity and test_ppo_memory.
+- L1 identity, L2 with and without masks, L3 CartPole, L4 a cue that only a memory keeps (test_ppo_memory), L6 the synthetic world
+  here and in test_known_optimum; L5 (LunarLander) needs Box2D and is not here.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +30,9 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
+import agents.ppo.learning
+import agents.ppo.rollout
+import agents.ppo.training
 from agents import ppo
 from metarec_gym.policy import MlpPolicy
 from metarec_gym.seeding import fold_in, torch_generator, uniform
@@ -124,7 +141,7 @@ def hit_rate(policy: MlpPolicy, env: ToyEnv, steps: int = 100) -> float:
     obs, infos = env.reset(seed=99)
     total = 0.0
     for _ in range(steps):
-        probs = policy.action_probs(obs, ppo.action_mask(infos, obs, env.size))
+        probs = policy.action_probs(obs, ppo.action_mask(infos, len(obs), ppo.Choice(env.size), obs.device))
         obs, reward, _, _, infos = env.step(probs.argmax(dim=1))
         total += float(reward.mean())
     return total / steps
@@ -196,8 +213,26 @@ def test_the_observation_after_a_reset_never_enters_the_advantages_of_the_episod
         training = ppo.Training(env, ppo.Args(num_steps=8, reward_scale=1.0))
         roll = ppo.collect(env, training.net, training.live, 8, training.generators["action"])
         assert bool(roll.obs[8].isnan().all()) == poison
-        batches.append(ppo.make_batch(training.net, roll, training.args, 1.0))
+        batches.append(ppo.make_batch(training.net, roll, training.args, 1.0)[0])
     assert torch.equal(batches[0].advantage, batches[1].advantage)
+
+
+def test_what_follows_an_episode_leaves_its_advantages_alone() -> None:
+    advantages = []
+    for later in (0.0, 100.0):
+        training = ppo.Training(ToyEnv(4, 4, limit=4, ending="terminated"), ppo.Args(num_steps=8))
+        roll = ppo.collect(training.env, training.net, training.live, 8, training.generators["action"])
+        roll.reward[4:] += later
+        advantages.append(ppo.make_batch(training.net, roll, training.args, 1.0)[0].advantage.view(8, 4))
+    assert torch.equal(advantages[0][:4], advantages[1][:4])
+    assert not torch.equal(advantages[0][4:], advantages[1][4:])
+
+
+def test_the_last_request_before_a_termination_is_worth_its_reward_alone() -> None:
+    training = ppo.Training(ToyEnv(4, 4, limit=4, ending="terminated"), ppo.Args(num_steps=4))
+    roll = ppo.collect(training.env, training.net, training.live, 4, training.generators["action"])
+    batch, _ = ppo.make_batch(training.net, roll, training.args, 1.0)
+    torch.testing.assert_close(batch.returns.view(4, 4)[3], roll.reward[3])
 
 
 def test_next_step_reset_rows_are_neither_counted_nor_learned_from() -> None:
@@ -206,7 +241,7 @@ def test_next_step_reset_rows_are_neither_counted_nor_learned_from() -> None:
     roll = ppo.collect(env, training.net, training.live, 10, training.generators["action"])
     # 4 requests, 1 reset, 4 requests, 1 reset
     assert roll.valid[:, 0].tolist() == [True] * 4 + [False] + [True] * 4 + [False]
-    assert len(ppo.make_batch(training.net, roll, training.args, 1.0).action) == 3 * 8
+    assert len(ppo.make_batch(training.net, roll, training.args, 1.0)[0].action) == 3 * 8
     training.iterate()
     assert training.metrics["rollout/ep_len_mean"] == 4.0
 
@@ -225,20 +260,32 @@ def test_the_first_gradient_step_meets_ratio_one() -> None:
     for invalid in (0, 3):
         training = ppo.Training(ToyEnv(16, 8, invalid=invalid), ppo.Args(num_steps=16, reward_scale=1.0))
         roll = ppo.collect(training.env, training.net, training.live, 16, training.generators["action"])
-        batch = ppo.make_batch(training.net, roll, training.args, 1.0)
-        log_probs = training.net.log_probs(batch.obs, batch.mask).gather(1, batch.action[:, None])[:, 0]
+        batch = ppo.make_batch(training.net, roll, training.args, 1.0)[0]
+        log_probs, _ = training.net.head.log_prob(training.net.output(batch.obs), batch.mask, batch.action)
         assert float(((log_probs - batch.log_prob).exp() - 1).abs().max().detach()) < 1e-6
         scalars = ppo.update(training.net, training.optimizer, batch, training.args, [torch.arange(256)])
         assert float(scalars["train/approx_kl"]) < 1e-6
         assert float(scalars["train/clip_fraction"]) == 0.0
 
 
+def test_the_scale_and_offset_of_advantages_do_not_matter() -> None:
+    results = []
+    for scale, offset in ((1.0, 0.0), (8.0, 3.0)):
+        training = ppo.Training(ToyEnv(8, 4), ppo.Args(num_steps=16, vf_coef=0.0, reward_scale=1.0))
+        roll = ppo.collect(training.env, training.net, training.live, 16, training.generators["action"])
+        batch, _ = ppo.make_batch(training.net, roll, training.args, 1.0)
+        batch.advantage = batch.advantage * scale + offset
+        ppo.update(training.net, training.optimizer, batch, training.args, [torch.arange(128)])
+        results.append(torch.cat([p.detach().flatten() for p in training.net.actor.parameters()]))
+    torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=0.0)
+
+
 def test_a_forbidden_strategy_has_probability_zero_no_gradient_and_no_entropy() -> None:
-    net = ppo.ActorCritic(4, 6, (8,), torch_generator(0))
+    net = ppo.ActorCritic(4, ppo.Choice(6), ppo.Args(hidden=(8,)), torch_generator(0))
     mask = torch.tensor([[True, False, True, True, False, False], [False, True, False, False, False, False]])
     seen: list[Tensor] = []
     net.actor.register_forward_hook(lambda _module, _inputs, output: seen.append(output) or output.retain_grad())
-    log_probs = net.log_probs(torch.rand(2, 4, generator=torch_generator(1)), mask)
+    log_probs = net.head.log_probs(net.output(torch.rand(2, 4, generator=torch_generator(1))), mask)
     probs = log_probs.exp()
     entropy = -(probs * log_probs).sum(dim=1)
     assert bool((probs[~mask] == 0).all())
@@ -409,28 +456,51 @@ def test_metarec_ppo_beats_the_uniform_choice_on_the_synthetic_world() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutation", ["advantage sign", "no termination", "stale mask", "reset value"])
+@pytest.mark.parametrize(
+    "mutation",
+    ["advantage sign", "no termination", "no mask", "reset value", "no done", "raw advantage", "old log-probs"],
+)
 def test_each_planted_error_is_caught_by_a_test_above(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    true_advantages, true_values, true_mask = ppo.advantages_of, ppo.values_of, ppo.action_mask
+    true_advantages, true_mask = ppo.advantages_of, ppo.action_mask
+    learning, rollout, run = agents.ppo.learning, agents.ppo.rollout, agents.ppo.training
     check = test_ppo_learns_the_identity_within_1200_steps
     if mutation == "advantage sign":
-        monkeypatch.setattr(ppo, "advantages_of", lambda *args: -true_advantages(*args))
+        monkeypatch.setattr(learning, "advantages_of", lambda *args: -true_advantages(*args))
     elif mutation == "no termination":
         monkeypatch.setattr(
-            ppo, "advantages_of", lambda r, v, n, terminated, d, g, lam: true_advantages(r, v, n, d & False, d, g, lam)
+            learning,
+            "advantages_of",
+            lambda r, v, n, terminated, d, g, lam: true_advantages(r, v, n, d & False, d, g, lam),
         )
-        check = test_the_future_counts_after_a_truncation_and_not_after_a_termination
-    elif mutation == "stale mask":
-        monkeypatch.setattr(ppo, "action_mask", lambda infos, obs, k: true_mask({}, obs, k))
+        check = test_the_last_request_before_a_termination_is_worth_its_reward_alone
+    elif mutation == "no mask":
+        for module in (rollout, run):
+            monkeypatch.setattr(module, "action_mask", lambda infos, *rest: true_mask({}, *rest))
         check = test_masks_make_a_task_with_many_forbidden_strategies_learnable
+    elif mutation == "no done":
+        monkeypatch.setattr(
+            learning, "advantages_of", lambda r, v, n, x, d, g, lam: true_advantages(r, v, n, x, d & False, g, lam)
+        )
+        check = test_what_follows_an_episode_leaves_its_advantages_alone
+    elif mutation == "raw advantage":
+        monkeypatch.setattr(ppo.Team, "normalised", lambda team, advantage: advantage)
+        check = test_the_scale_and_offset_of_advantages_do_not_matter
+    elif mutation == "old log-probs":
+        true_sample = ppo.Choice.sample
+
+        def old(head: Any, output: Tensor, mask: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+            action, log_prob = true_sample(head, output, mask, draw)
+            return action, log_prob - 0.01
+
+        monkeypatch.setattr(ppo.Choice, "sample", old)
+        check = test_the_first_gradient_step_meets_ratio_one
     else:
 
         def reset_value(net: Any, roll: Any) -> Any:
             values = net.value(roll.obs)
-            return values[:-1], values[1:]
+            return values[:-1], values[1:], roll.critic_memory
 
-        monkeypatch.setattr(ppo, "values_of", reset_value)
-        assert true_values is not reset_value
+        monkeypatch.setattr(learning, "values_of", reset_value)
         check = test_the_observation_after_a_reset_never_enters_the_advantages_of_the_episode_before
     with pytest.raises(AssertionError):
         check()

@@ -1,4 +1,8 @@
-"""One update of ours equals one update of Stable-Baselines3 on the same weights, batch and permutations."""
+"""One update of ours equals one update of Stable-Baselines3 on the same weights, batch and permutations.
+
+P3: Discrete (with every option), MultiDiscrete, Box. P5: masked, against MaskablePPO of sb3-contrib, Discrete and MultiDiscrete.
+P1: advantages against SB3's buffer. Running normalisation against VecNormalize. P9: planted errors break the parity.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from agents import ppo
 from metarec_gym.seeding import torch_generator
@@ -33,6 +37,12 @@ def _sb3_uses_global_generators() -> Iterator[None]:
     torch.set_rng_state(saved[2])
 
 
+def _collect(model: PPO, callback: Any) -> None:
+    # MaskablePPO leaves out the masks unless it is told to use them, as `learn` does
+    masked = {"use_masking": True} if hasattr(model.rollout_buffer, "action_masks") else {}
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, STEPS, **masked)
+
+
 class Recorder(Logger):
     """Keeps what SB3 logs."""
 
@@ -40,21 +50,47 @@ class Recorder(Logger):
         super().__init__(folder=None, output_formats=[])
 
 
-def sb3_model(**settings: Any) -> PPO:
-    env = DummyVecEnv([lambda: gym.make("CartPole-v1") for _ in range(ENVS)])
-    model = PPO("MlpPolicy", env, n_steps=STEPS, seed=SEED, device="cpu", **settings)
+class Guess(gym.Env[Any, Any]):
+    """Random observations; a reward for actions near one that the observation hides. Some actions are forbidden at times."""
+
+    def __init__(self, space: gym.Space[Any]) -> None:
+        self.observation_space, self.action_space = gym.spaces.Box(-1, 1, (4,), np.float32), space
+        self.rng, self.clock = np.random.default_rng(0), 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        self.clock, self.obs = 0, self.rng.uniform(-1, 1, 4).astype(np.float32)
+        return self.obs, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        reward = float(np.cos(np.sum(action) - self.obs[0]))
+        self.clock, self.obs = self.clock + 1, self.rng.uniform(-1, 1, 4).astype(np.float32)
+        return self.obs, reward, self.clock >= 9, False, {}
+
+    def action_masks(self) -> np.ndarray:
+        width = int(self.action_space.n if isinstance(self.action_space, gym.spaces.Discrete) else 6)
+        mask = np.ones(width, dtype=bool)
+        mask[int(4 * abs(self.obs[1])) % 3] = False
+        return mask
+
+
+def sb3_model(algorithm: Any = PPO, space: gym.Space[Any] | None = None, **settings: Any) -> PPO:
+    make = (lambda: gym.make("CartPole-v1")) if space is None else (lambda: Guess(space))
+    env = DummyVecEnv([make for _ in range(ENVS)])
+    model = algorithm("MlpPolicy", env, n_steps=STEPS, seed=SEED, device="cpu", **settings)
     model.set_logger(Recorder())
     # moves away from the symmetric start, so that the second rollout has advantages and ratios worth comparing
     _, callback = model._setup_learn(10_000, None)
-    model.collect_rollouts(model.env, callback, model.rollout_buffer, STEPS)
+    _collect(model, callback)
     model.train()
-    model.collect_rollouts(model.env, callback, model.rollout_buffer, STEPS)
+    _collect(model, callback)
     return model
 
 
 def ours_of(model: PPO) -> tuple[ppo.ActorCritic, torch.optim.Optimizer]:
     """Our network and optimiser in the state of the model's."""
-    net = ppo.ActorCritic(4, 2, (64, 64), torch_generator(0))
+    net = ppo.ActorCritic(4, ppo.head_of(model.action_space), ppo.Args(), torch_generator(0))
     pairs = [*parameter_pairs(net, model)]
     optimizer = torch.optim.Adam(net.parameters(), lr=model.learning_rate, eps=1e-5, fused=True)
     with torch.no_grad():
@@ -66,6 +102,8 @@ def ours_of(model: PPO) -> tuple[ppo.ActorCritic, torch.optim.Optimizer]:
 
 
 def parameter_pairs(net: ppo.ActorCritic, model: PPO) -> Iterator[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+    if isinstance(net.head, ppo.Weights):
+        yield net.head.log_std, model.policy.log_std
     extractor = model.policy.mlp_extractor
     actor = [*extractor.policy_net, model.policy.action_net]
     critic = [*extractor.value_net, model.policy.value_net]
@@ -81,10 +119,11 @@ def flat_batch(model: PPO) -> ppo.Batch:
     def flat(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(buffer.swap_and_flatten(array)).squeeze(-1)
 
+    masks, actions = getattr(buffer, "action_masks", None), flat(buffer.actions)
     return ppo.Batch(
         obs=torch.from_numpy(buffer.swap_and_flatten(buffer.observations)),
-        mask=torch.ones(STEPS * ENVS, 2, dtype=torch.bool),
-        action=flat(buffer.actions).long(),
+        mask=None if masks is None else flat(masks).bool(),
+        action=actions if isinstance(model.action_space, gym.spaces.Box) else actions.long(),
         log_prob=flat(buffer.log_probs),
         value=flat(buffer.values),
         advantage=flat(buffer.advantages),
@@ -104,10 +143,12 @@ CONFIGS = {
 }
 
 
-def compare(settings: dict[str, Any]) -> tuple[float, dict[str, tuple[float, float]]]:
+def compare(
+    settings: dict[str, Any], algorithm: Any = PPO, space: gym.Space[Any] | None = None
+) -> tuple[float, dict[str, tuple[float, float]]]:
     """Largest parameter difference after one update, and both sides of every logged scalar."""
     settings = {"batch_size": 64, "n_epochs": 4, "learning_rate": 1e-3, **settings}
-    model = sb3_model(**settings)
+    model = sb3_model(algorithm, space, **settings)
     net, optimizer = ours_of(model)
     batch = flat_batch(model)
     args = ppo.Args(
@@ -135,6 +176,60 @@ def test_one_update_equals_stable_baselines3(name: str) -> None:
     assert difference <= 1e-6
     for tag, (mine, theirs) in scalars.items():
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6), tag
+
+
+SPACES = {
+    "slots": gym.spaces.MultiDiscrete([3, 3]),
+    "blend": gym.spaces.Box(-1.0, 1.0, (3,)),
+    "select": gym.spaces.Discrete(6),
+}
+
+
+@pytest.mark.parametrize("name", ["slots", "blend"])
+def test_one_update_of_slots_and_blends_equals_stable_baselines3(name: str) -> None:
+    difference, scalars = compare({"ent_coef": 0.02}, space=SPACES[name])
+    assert difference <= 1e-6
+    for tag, (mine, theirs) in scalars.items():
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6), tag
+
+
+@pytest.mark.parametrize("name", ["select", "slots"])
+def test_one_masked_update_equals_sb3_contrib(name: str) -> None:
+    contrib = pytest.importorskip("sb3_contrib")
+    difference, scalars = compare({"ent_coef": 0.02}, contrib.MaskablePPO, SPACES[name])
+    assert difference <= 1e-6
+    for tag, (mine, theirs) in scalars.items():
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6), tag
+
+
+def test_the_masks_of_the_masked_parity_forbid_something() -> None:
+    contrib = pytest.importorskip("sb3_contrib")
+    batch = flat_batch(sb3_model(contrib.MaskablePPO, SPACES["select"], batch_size=64, n_epochs=1))
+    assert batch.mask is not None
+    assert 0.1 < float((~batch.mask).float().mean()) < 0.2  # one of six
+    assert bool(batch.mask.gather(1, batch.action[:, None]).all())
+
+
+def test_running_normalisation_equals_vec_normalize() -> None:
+    inner = DummyVecEnv([lambda: Guess(SPACES["select"]) for _ in range(ENVS)])
+    theirs = VecNormalize(inner, clip_obs=1.5, clip_reward=2.0, gamma=0.9)
+    theirs.seed(5)
+    mine = ppo.Normaliser(4, obs=True, reward=True, clip_obs=1.5, clip_reward=2.0, gamma=0.9)
+    expected = theirs.reset()
+    got = mine.observation(torch.from_numpy(theirs.get_original_obs()))
+    np.testing.assert_allclose(got.numpy(), expected, atol=1e-6)
+    discounted, everyone = torch.zeros(ENVS), torch.ones(ENVS, dtype=torch.bool)
+    for step in range(25):
+        expected, reward, done, infos = theirs.step(np.full(ENVS, step % 6))
+        got = mine.observation(torch.from_numpy(theirs.get_original_obs()))
+        np.testing.assert_allclose(got.numpy(), expected, atol=2e-6)
+        raw = torch.from_numpy(theirs.get_original_reward()).float()
+        discounted, scaled = mine.rewarded(discounted, raw, everyone, torch.from_numpy(done))
+        np.testing.assert_allclose(scaled.numpy(), reward, atol=2e-6)
+        for row in np.flatnonzero(done):
+            # SB3 normalises the last observation by the statistics after the step
+            last = torch.from_numpy(theirs.unnormalize_obs(infos[row]["terminal_observation"])).float()
+            assert bool((mine.observation(last[None], learn=False).abs() <= 1.5).all())
 
 
 def test_the_tripped_target_kl_really_ends_the_update_early() -> None:
