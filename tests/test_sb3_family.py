@@ -25,13 +25,27 @@ from metarec_gym.world import World
 
 NAMES = ("ppo", "a2c", "dqn", "sac", "maskable_ppo", "recurrent_ppo", "qrdqn", "trpo")
 SMALL: dict[str, Any] = {
-    **{"n_steps": 4, "num_steps": 4, "batch_size": 32, "minibatch_size": 32, "n_epochs": 1, "epochs": 1},
-    **{"learning_starts": 64, "buffer_size": 512, "n_quantiles": 4, "target_update_interval": 64},
+    "n_steps": 4,
+    "num_steps": 4,
+    "batch_size": 32,
+    "minibatch_size": 32,
+    "n_epochs": 1,
+    "epochs": 1,
+    "learning_starts": 64,
+    "buffer_size": 512,
+    "n_quantiles": 4,
+    "target_update_interval": 64,
 }
 EVERY = ("select", "blend", "slots")
 KINDS = {
-    **{"ppo": EVERY, "a2c": EVERY, "trpo": EVERY, "maskable_ppo": ("select", "slots")},
-    **{"recurrent_ppo": ("select",), "dqn": ("select",), "qrdqn": ("select",), "sac": ("blend",)},
+    "ppo": EVERY,
+    "a2c": EVERY,
+    "trpo": EVERY,
+    "maskable_ppo": ("select", "slots"),
+    "recurrent_ppo": ("select",),
+    "dqn": ("select",),
+    "qrdqn": ("select",),
+    "sac": ("blend",),
 }
 PAIRS = [(name, action) for name in NAMES for action in KINDS[name]]
 
