@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
-from agents.ppo import ActorCritic, Batch, Live, action_mask, advantages_of, collect, typical_return, values_of
-from metarec_gym.policy import MlpPolicy
+from agents.ppo import advantages_of
+from metarec_gym.policy import MlpPolicy, sample_actions
 from metarec_gym.seeding import stream, torch_generator
 
 MARGIN = 0.8
@@ -174,17 +175,104 @@ class _Actor:
         return kl, share
 
 
-class _Playing:
-    """What `collect` asks of a network: log-probabilities of the actor, values of the critic."""
+# ---- the requests that the policy serves
 
-    def __init__(self, policy: MlpPolicy, critic: ActorCritic) -> None:
-        self.policy, self.critic = policy, critic
 
-    def log_probs(self, obs: Tensor, mask: Tensor) -> Tensor:
-        return log_probs_of(self.policy, obs, mask)
+@dataclass(frozen=True)
+class _Rollout:
+    """Requests in order of time, (num_steps, num_envs, ...), and what followed each."""
 
-    def value(self, obs: Tensor) -> Tensor:
-        return self.critic.value(obs)
+    obs: Tensor
+    next_obs: Tensor
+    """Of the same episode: its last observation where it ended."""
+    mask: Tensor
+    action: Tensor
+    log_prob: Tensor
+    reward: Tensor
+    terminated: Tensor
+    done: Tensor
+
+    def returns(self, gamma: float) -> Tensor:
+        """Discounted rewards until the episode or the rollout ends, (num_steps, num_envs)."""
+        nothing = torch.zeros_like(self.reward)
+        return advantages_of(self.reward, nothing, nothing, self.terminated, self.done, gamma, 1.0)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Requests to learn from, flat: (batch, ...)."""
+
+    obs: Tensor
+    mask: Tensor
+    action: Tensor
+    log_prob: Tensor
+    advantage: Tensor
+    returns: Tensor
+
+    def rows(self, index: Tensor) -> _Part:
+        """The requests at `index`."""
+        return _Part(**{name: tensor[index] for name, tensor in vars(self).items()})
+
+
+class _Player:
+    """An environment, and where its rows are."""
+
+    def __init__(self, env: VectorEnv[Any, Any, Any], seed: int) -> None:
+        mode = env.metadata.get("autoreset_mode")
+        if mode is not AutoresetMode.SAME_STEP:
+            raise ValueError(f"autoreset_mode is {mode}; an adjustment needs SAME_STEP: pass autoreset_mode='SameStep'")
+        first, infos = env.reset(seed=stream(seed, "adjust", "env"))
+        self.env, self.numpy = env, not isinstance(first, Tensor)
+        self.obs = torch.as_tensor(first, dtype=torch.float32)
+        self.num_strategies = int(env.single_action_space.n)  # type: ignore[attr-defined]
+        self.mask = self._mask(infos)
+
+    def _mask(self, infos: dict[str, Any]) -> Tensor:
+        if "action_mask" not in infos:
+            return torch.ones(len(self.obs), self.num_strategies, dtype=torch.bool)
+        return torch.as_tensor(infos["action_mask"]).to(torch.bool)
+
+    @torch.no_grad()
+    def play(self, policy: MlpPolicy, num_steps: int, generator: torch.Generator) -> _Rollout:
+        """`num_steps` requests in every row."""
+        steps: list[tuple[Tensor, ...]] = []
+        draws = torch.rand(num_steps, len(self.obs), generator=generator)
+        for draw in draws:
+            obs, mask = self.obs, self.mask
+            log_probs = log_probs_of(policy, obs, mask)
+            action = sample_actions(log_probs.exp(), draw)
+            log_prob = log_probs.gather(1, action[:, None])[:, 0]
+            after, reward, terminated, truncated, infos = self.env.step(action.numpy() if self.numpy else action)
+            self.obs = torch.as_tensor(after, dtype=torch.float32)
+            self.mask = self._mask(infos)
+            terminated, truncated = torch.as_tensor(terminated), torch.as_tensor(truncated)
+            done, next_obs = terminated | truncated, self.obs
+            if bool(done.any()):
+                # the returned row already belongs to the next episode
+                final = torch.as_tensor(infos["final_obs"], dtype=torch.float32)
+                next_obs = torch.where(done[:, None], final, next_obs)
+            reward = torch.as_tensor(reward, dtype=torch.float32)
+            steps.append((obs, next_obs, mask, action, log_prob, reward, terminated, done))
+        return _Rollout(*(torch.stack(column) for column in zip(*steps, strict=True)))
+
+
+def _networks(
+    obs_dim: int, num_strategies: int, hidden: tuple[int, ...], generator: torch.Generator
+) -> tuple[torch.nn.Sequential, torch.nn.Sequential]:
+    """An actor and a critic as `agents.ppo` starts with: tanh layers, orthogonal weights, the actor nearly uniform."""
+    made = []
+    for outputs, last_gain in ((num_strategies, 0.01), (1, 1.0)):
+        widths = [obs_dim, *hidden, outputs]
+        modules: list[torch.nn.Module] = []
+        for index, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+            last = index == len(widths) - 2
+            # built on "meta": the default initialisation would draw from torch's global generator
+            layer = torch.nn.Linear(fan_in, fan_out, device="meta").to_empty(device="cpu")
+            torch.nn.init.orthogonal_(layer.weight, last_gain if last else math.sqrt(2.0), generator=generator)
+            torch.nn.init.zeros_(layer.bias)
+            modules += [layer] if last else [layer, torch.nn.Tanh()]
+        made.append(torch.nn.Sequential(*modules))
+    return made[0], made[1]
 
 
 def finetune(
@@ -193,7 +281,7 @@ def finetune(
     """Fine-tunes a policy on the requests that it serves itself.
 
     Args:
-        env: Fresh users: torch or numpy output, SAME_STEP or NEXT_STEP, with the observations that the policy was trained on.
+        env: Fresh users: torch or numpy output, SAME_STEP, with the observations that the policy was trained on.
         deployed: The policy that serves now; not changed.
         args: Hyperparameters.
         snapshots: Numbers of requests after which the policy so far is kept, ascending.
@@ -202,50 +290,44 @@ def finetune(
         The adjusted policy; every policy that ever served is within the bound.
 
     Raises:
-        ValueError: When the environment has other observations or strategies than the policy.
+        ValueError: When the environment has other observations or strategies than the policy, or another autoreset mode.
     """
-    first, infos = env.reset(seed=stream(args.seed, "adjust", "env"))
-    obs = torch.as_tensor(first, dtype=torch.float32)
-    num_strategies = int(env.single_action_space.n)  # type: ignore[attr-defined]
+    player = _Player(env, args.seed)
+    obs_dim, num_strategies = player.obs.shape[1], player.num_strategies
     names = tuple(getattr(env, "strategy_names", deployed.strategies))
     expected = deployed.layers[0][0].shape[1]
-    if obs.shape[1] != expected or num_strategies != len(deployed.strategies) or names != deployed.strategies:
+    if obs_dim != expected or num_strategies != len(deployed.strategies) or names != deployed.strategies:
         raise ValueError(
             f"the policy takes {expected} features and chooses among {list(deployed.strategies)}, the environment has "
-            f"{obs.shape[1]} and {list(names)}; carry the policy over first: agents.adjust.carry_over"
+            f"{obs_dim} and {list(names)}; carry the policy over first: agents.adjust.carry_over"
         )
     widths = tuple(w.shape[0] for w, _ in deployed.layers[:-1])
-    critic = ActorCritic(obs.shape[1], num_strategies, widths, torch_generator(args.seed, "adjust", "critic"))
-    critic_steps = torch.optim.Adam(critic.critic.parameters(), lr=2e-3, eps=1e-5)
+    critic = _networks(obs_dim, num_strategies, widths, torch_generator(args.seed, "adjust", "critic"))[1]
+    critic_steps = torch.optim.Adam(critic.parameters(), lr=2e-3, eps=1e-5)
     actor = _Actor(deployed, args.learning_rate)
     generators = {name: torch_generator(args.seed, "adjust", name) for name in ("action", "minibatch")}
-    zero = torch.zeros(len(obs))
-    live = Live(obs=obs, mask=action_mask(infos, obs, num_strategies), done=zero.bool(), episode_return=zero,
-                episode_length=zero.clone(), numpy=not isinstance(first, Tensor))  # fmt: skip
     history: list[dict[str, float]] = []
     kept: list[MlpPolicy] = []
     used, scale, wanted = 0, 0.0, list(snapshots)
     while used < args.requests:
-        playing: Any = _Playing(actor.policy(), critic)
-        roll = collect(env, playing, live, args.num_steps, generators["action"])
-        scale = scale or typical_return(roll, args.gamma)
-        valid = roll.valid.flatten()
-        part = _batch(playing, roll, args, scale, valid)
+        roll = player.play(actor.policy(), args.num_steps, generators["action"])
+        # fixed from the first rollout on: a scale that moves would move the critic's targets under it
+        scale = scale or float(roll.returns(args.gamma).square().mean().sqrt()) or 1.0
+        part = _part(critic, roll, args, scale)
         for index in _minibatches(len(part.action), args.critic_epochs, args.minibatch_size, generators["minibatch"]):
-            loss = torch.nn.functional.mse_loss(critic.value(part.obs[index]), part.returns[index])
+            loss = torch.nn.functional.mse_loss(critic(part.obs[index])[:, 0], part.returns[index])
             critic_steps.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(critic.critic.parameters(), args.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
             critic_steps.step()
         # the critic has just met these requests: its values say what was to be expected of them
-        part = _batch(playing, roll, args, scale, valid)
+        part = _part(critic, roll, args, scale)
         for index in _minibatches(len(part.action), args.epochs, args.minibatch_size, generators["minibatch"]):
             rows = part.rows(index)
             _step(actor, rows.obs, rows.mask, rows.action, rows.log_prob, rows.advantage, torch.ones(len(index)), args)
         kl, share = actor.hold(part.obs, part.mask, args.kl_limit)
         used += len(part.action)
-        reward = float(roll.reward.flatten()[valid].mean())
-        history.append({"requests": float(used), "reward": reward, "kl": kl, "kept": share})
+        history.append({"requests": float(used), "reward": float(roll.reward.mean()), "kl": kl, "kept": share})
         while wanted and used >= wanted[0]:
             kept.append(actor.policy(adjusted_requests=used))
             wanted.pop(0)
@@ -303,13 +385,14 @@ def _step(
     actor.step(-gain - args.ent_coef * entropy + penalty, args.max_grad_norm)
 
 
-def _batch(playing: Any, roll: Any, args: Args, scale: float, valid: Tensor) -> Batch:
-    value, later = values_of(playing, roll)
+@torch.no_grad()
+def _part(critic: torch.nn.Module, roll: _Rollout, args: Args, scale: float) -> _Part:
+    value, later = critic(roll.obs)[..., 0], critic(roll.next_obs)[..., 0]
     advantage = advantages_of(
         roll.reward / scale, value, later, roll.terminated, roll.done, args.gamma, args.gae_lambda
     )
-    tensors = (roll.obs[:-1], roll.mask, roll.action, roll.log_prob, value, advantage, advantage + value)
-    return Batch(*(tensor.flatten(0, 1) for tensor in tensors)).rows(valid.nonzero()[:, 0])
+    tensors = (roll.obs, roll.mask, roll.action, roll.log_prob, advantage, advantage + value)
+    return _Part(*(tensor.flatten(0, 1) for tensor in tensors))
 
 
 def _minibatches(rows: int, epochs: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -411,8 +494,8 @@ def _per_strategy(name: str) -> bool:
 
 def cold_policy(obs_dim: int, strategies: Sequence[str], hidden: tuple[int, ...], seed: int) -> MlpPolicy:
     """An untrained policy, nearly uniform: what a warm start is measured against."""
-    net = ActorCritic(obs_dim, len(strategies), hidden, torch_generator(seed, "adjust", "cold"))
-    linear = [m for m in net.actor if isinstance(m, torch.nn.Linear)]
+    actor = _networks(obs_dim, len(strategies), hidden, torch_generator(seed, "adjust", "cold"))[0]
+    linear = [m for m in actor if isinstance(m, torch.nn.Linear)]
     return MlpPolicy([(m.weight, m.bias) for m in linear], tuple(strategies), meta={"agent": "cold", "seed": seed})
 
 

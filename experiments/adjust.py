@@ -191,7 +191,6 @@ def measure(args: Args, world: World) -> dict[str, Any]:
     """
     from agents.adjust import cold_policy, finetune, unleashed
     from metarec_gym.evaluation.intervals import mean_interval
-    from metarec_gym.evaluation.metrics import lift
     from metarec_gym.policy import UniformPolicy
 
     m = _Measurement(args, world)
@@ -231,9 +230,14 @@ def measure(args: Args, world: World) -> dict[str, Any]:
         rows.append(
             {
                 "requests": mark,
-                **{arm: {**lift(matrix[arm], reference).to_json(), "value": float(matrix[arm].mean())} for arm in ARMS},
                 # paired: the same seed before and after, on the same users
-                "gain": mean_interval((matrix["adjusted"] - base) / reference.mean()).to_json(),
+                **{
+                    arm: {
+                        **mean_interval((matrix[arm] - base) / reference.mean()).to_json(),
+                        "value": float(matrix[arm].mean()),
+                    }
+                    for arm in ARMS
+                },
                 "warm_less_cold": mean_interval((matrix["unleashed"] - matrix["cold"]) / reference.mean()).to_json(),
                 "kl": {arm: [float(np.max([k[i] for k in kls[arm]])), float(np.mean([k[i] for k in kls[arm]]))]
                        for arm in ("adjusted", "unleashed")},
@@ -290,11 +294,11 @@ def page_of(args: Args, world: World, result: dict[str, Any], command: str) -> s
     for row in result["rows"]:
         (top, mean), (free_top, free_mean) = row["kl"]["adjusted"], row["kl"]["unleashed"]
         lines.append(
-            f"| {row['requests']:,} | {_percent(row['gain'])} | {mean:.2f}, {top:.2f} | {_percent(row['unleashed'])} | "
+            f"| {row['requests']:,} | {_percent(row['adjusted'])} | {mean:.2f}, {top:.2f} | {_percent(row['unleashed'])} | "
             f"{free_mean:.2f}, {free_top:.2f} | {_percent(row['cold'])} | {_percent(row['warm_less_cold'])} |"
         )
     last, first = result["rows"][-1], result["rows"][0]
-    gain, warm = last["gain"], first["warm_less_cold"]
+    gain, warm = last["adjusted"], first["warm_less_cold"]
     sure = (
         "gains" if gain["low"] > 0 else "loses" if gain["high"] < 0 else "shows no difference that can be told from 0"
     )
@@ -302,7 +306,8 @@ def page_of(args: Args, world: World, result: dict[str, Any], command: str) -> s
     lines += [
         "",
         f"All in percent of the value before. After {last['requests']:,} requests the adjusted policy {sure} "
-        f"({_percent(gain)}). After {first['requests']:,} requests a warm start {lead} a cold one ({_percent(warm)}).",
+        f"({_percent(gain)}). After {first['requests']:,} requests a warm start {lead} a cold one ({_percent(warm)}). The "
+        "judge that answers the feedback also scores, so what is gained is what its users and itself differ in from the training's.",
         "",
     ]
     return "\n".join(lines)

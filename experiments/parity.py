@@ -228,7 +228,8 @@ def run(args: Args) -> dict[str, Any]:
                         if not args.quiet:
                             print(f"{env_id}  {agent:8s} seed {seed}  {value:.2f}  {cpu_s:.0f} CPU s", flush=True)
                     returns[agent].append(float(json.loads(file.read_text())["return"]))
-            compared = difference(*(np.array(returns[agent]) for agent in AGENTS), args.margin)
+            ours, theirs = (np.array(returns[agent]) for agent in AGENTS)
+            compared = difference(ours, theirs, args.margin)
             rows[env_id] = {**compared, "returns": returns}
         write_atomic(folder.path / "parity.md", page_of(args, rows, command_line()))
         done = folder.finish({"rows": rows})

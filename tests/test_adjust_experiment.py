@@ -44,7 +44,7 @@ def test_the_page_has_a_row_for_every_number_of_requests_and_the_run_is_found_ag
     assert [row["requests"] for row in result["rows"]] == [64, 128, 256]
     for row in result["rows"]:
         assert row["kl"]["adjusted"][0] <= 0.05
-        assert row["gain"]["low"] <= row["gain"]["estimate"] <= row["gain"]["high"]
+        assert row["adjusted"]["low"] <= row["adjusted"]["estimate"] <= row["adjusted"]["high"]
     page = (tmp_path / "page.md").read_text()
     assert page.count("\n| ") == 4
     assert "adjusted (KL <= 0.05)" in page
