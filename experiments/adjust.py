@@ -307,7 +307,7 @@ def page_of(args: Args, world: World, result: dict[str, Any], command: str) -> s
         "",
         f"All in percent of the value before. After {last['requests']:,} requests the adjusted policy {sure} "
         f"({_percent(gain)}). After {first['requests']:,} requests a warm start {lead} a cold one ({_percent(warm)}). The "
-        "judge that answers the feedback also scores, so what is gained is what its users and itself differ in from the training's.",
+        "judge that answers the feedback also scores: part of a gain is what that judge differs in from the training's.",
         "",
     ]
     return "\n".join(lines)
