@@ -249,6 +249,6 @@ def test_experiments_train_knows_them_all(tmp_path: Path) -> None:
         )
     )
     folder = next(tmp_path.glob("sb3_sac_A_seed0_*"))
-    assert ActorFile.load(folder / row["policy"]).head == "tanh"
+    assert ActorFile.load(folder / row["policy"]).chooses == "blend"
     with pytest.raises(ValueError, match="--agent is 'sb3_nothing'"):
         command.run_folder(command.Args(agent="sb3_nothing", runs=tmp_path))

@@ -14,12 +14,16 @@ from torch import Tensor
 
 from metarec_gym.policy import MlpPolicy
 
-ACTOR_SCHEMA = 1
+SCHEMAS = {"mlp": 2, "lstm": 3}
+"""Schema of the files by kind. Version 1 is the plain network of `MlpPolicy`, whose reader refuses later ones."""
 GREEDY = 1e6
 """Q-values are multiplied by this and played through a softmax: values that differ by 1e-4 leave the lesser exp(-100)."""
 
+NO_NOISE = -20.0
+"""Log deviation of weights that are played without noise."""
+
 Layers = list[tuple[Tensor, Tensor]]
-Head = Literal["clip", "tanh", "slots"]
+Chooses = Literal["blend", "slots"]
 
 
 def linear_layers(*modules: torch.nn.Module) -> Layers:
@@ -35,7 +39,9 @@ def actor_critic_policy(
     layers = linear_layers(model.policy.mlp_extractor.policy_net, model.policy.action_net)
     if action == "select":
         return MlpPolicy(layers, strategies, meta=meta)
-    return ActorFile(layers, strategies, "clip" if action == "blend" else "slots", meta=meta)
+    if action == "slots":
+        return ActorFile(layers, strategies, "slots", meta=meta)
+    return ActorFile(layers, strategies, "blend", log_std=model.policy.log_std.detach().clone(), meta=meta)
 
 
 def value_policy(model: Any, action: str, strategies: tuple[str, ...], meta: dict[str, Any]) -> MlpPolicy:
@@ -60,8 +66,11 @@ def _greedy(layers: Layers, strategies: tuple[str, ...], meta: dict[str, Any]) -
 
 
 def squashed_policy(model: Any, action: str, strategies: tuple[str, ...], meta: dict[str, Any]) -> ActorFile:
-    """The mean action of SAC's squashed Gaussian."""
-    return ActorFile(linear_layers(model.actor.latent_pi, model.actor.mu), strategies, "tanh", meta=meta)
+    """The mean action of SAC's squashed Gaussian: tanh, which stands between layers, then an identity layer."""
+    k = len(strategies)
+    layers = [*linear_layers(model.actor.latent_pi, model.actor.mu), (torch.eye(k), torch.zeros(k))]
+    facts = {**meta, "head": "mean of a squashed Gaussian, without its noise"}
+    return ActorFile(layers, strategies, "blend", log_std=torch.full((k,), NO_NOISE), meta=facts)
 
 
 def recurrent_policy(model: Any, action: str, strategies: tuple[str, ...], meta: dict[str, Any]) -> LstmPolicy:
@@ -78,23 +87,29 @@ class ActorFile:
     Args:
         layers: Pairs of weight (out, in) and bias (out,); tanh between layers.
         strategies: Names in the order of the actions.
-        head: `clip`: outputs cut off at -1 and 1 (Blend, Gaussian actors); `tanh`: squashed (Blend, SAC); `slots`: logits
-            (slate_size, K), the likeliest strategy of each place.
+        chooses: `blend`: outputs (K,), cut off at -1 and 1; `slots`: logits (slate_size * K,), place by place.
+        log_std: float32 (K,), log deviation of each weight of a blend while it explored; None in slots.
         meta: JSON-able facts that travel with it.
 
     Raises:
-        ValueError: When the last layer does not fit the head.
+        ValueError: When the last layer does not fit.
     """
 
     def __init__(
-        self, layers: Layers, strategies: tuple[str, ...], head: Head, *, meta: dict[str, Any] | None = None
+        self,
+        layers: Layers,
+        strategies: tuple[str, ...],
+        chooses: Chooses,
+        *,
+        log_std: Tensor | None = None,
+        meta: dict[str, Any] | None = None,
     ) -> None:
         width, k = layers[-1][0].shape[0], len(strategies)
-        if width % k or (head != "slots" and width != k):
-            raise ValueError(
-                f"the last layer has {width} outputs, which the head {head!r} of {k} strategies cannot use"
-            )
-        self.layers, self.strategies, self.head = layers, tuple(strategies), head
+        if width % k or (chooses == "blend" and width != k):
+            raise ValueError(f"the last layer has {width} outputs, which {chooses} of {k} strategies cannot use")
+        if (chooses == "blend") != (log_std is not None):
+            raise ValueError("a blend, and nothing else, needs log_std (K,): the log deviation of each weight")
+        self.layers, self.strategies, self.chooses, self.log_std = layers, tuple(strategies), chooses, log_std
         self.meta = dict(meta or {})
 
     def act(self, obs: Tensor, action_mask: Tensor | None = None) -> Tensor:
@@ -108,16 +123,20 @@ class ActorFile:
             float32 (rows, K) in [-1, 1] for Blend, int64 (rows, slate_size) for Slots.
         """
         out = _feed(self.layers, obs)
-        if self.head == "slots":
+        if self.chooses == "slots":
             logits = out.view(len(obs), -1, len(self.strategies))
             if action_mask is not None:
                 logits = logits.masked_fill(~action_mask[:, None], -torch.inf)
             return logits.argmax(dim=2)
-        return out.clamp(-1.0, 1.0) if self.head == "clip" else torch.tanh(out)
+        return out.clamp(-1.0, 1.0)
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file (no pickle), atomically; returns its path."""
-        return _save(path, _named(self.layers), self.strategies, self.meta, {"kind": "actor", "head": self.head})
+        width, places = self.layers[0][0].shape[1], self.layers[-1][0].shape[0] // len(self.strategies)
+        tensors = _named(self.layers) | {"obs_mean": torch.zeros(width), "obs_scale": torch.ones(width)}
+        tensors |= {} if self.log_std is None else {"log_std": self.log_std}
+        form = {"kind": "mlp", "chooses": self.chooses, "places": places, "obs_clip": None}
+        return _save(path, tensors, self.strategies, self.meta, form)
 
     @classmethod
     def load(cls, path: str | Path) -> ActorFile:
@@ -127,9 +146,10 @@ class ActorFile:
             FileNotFoundError: When there is no such file.
             ValueError: When the file holds another kind of policy, or comes from a newer schema.
         """
-        header, tensors = _load(path, "actor")
-        return cls(_unnamed(tensors), tuple(json.loads(header["strategies"])), header["head"],  # type: ignore[arg-type]
-                   meta=json.loads(header["meta"]))  # fmt: skip
+        header, tensors = _load(path, "mlp")
+        chooses = json.loads(header["form"])["chooses"]
+        strategies, meta = tuple(json.loads(header["strategies"])), json.loads(header["meta"])
+        return cls(_unnamed(tensors), strategies, chooses, log_std=tensors.get("log_std"), meta=meta)
 
 
 class LstmPolicy:
@@ -229,7 +249,7 @@ def _named(layers: Layers) -> dict[str, Tensor]:
 
 
 def _unnamed(tensors: dict[str, Tensor]) -> Layers:
-    count = sum(name.endswith(".weight") for name in tensors)
+    count = sum(name.startswith("layer") and name.endswith(".weight") for name in tensors)
     return [(tensors[f"layer{i}.weight"], tensors[f"layer{i}.bias"]) for i in range(count)]
 
 
@@ -238,14 +258,15 @@ def _save(
     tensors: dict[str, Tensor],
     strategies: tuple[str, ...],
     meta: dict[str, Any],
-    kind: dict[str, str],
+    form: dict[str, Any],
 ) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"strategies": json.dumps(strategies), "meta": json.dumps(meta, sort_keys=True)}
+    header = {"schema": str(SCHEMAS[form["kind"]]), "form": json.dumps(form)}
+    header |= {"strategies": json.dumps(strategies), "meta": json.dumps(meta, sort_keys=True)}
     partial = path.with_name(path.name + ".partial")
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    save_file(copies, str(partial), metadata={"schema": str(ACTOR_SCHEMA), **facts, **kind})
+    save_file(copies, str(partial), metadata=header)
     os.replace(partial, path)
     return path
 
@@ -256,9 +277,9 @@ def _load(path: str | Path, kind: str) -> tuple[dict[str, str], dict[str, Tensor
     with safe_open(str(path), framework="pt") as file:
         header: dict[str, str] = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    found = header.get("kind", "mlp")
+    found = json.loads(header.get("form", "{}")).get("kind", "plain")
     if found != kind:
         raise ValueError(f"{path} holds a policy of kind {found!r}, expected {kind!r}")
-    if int(header["schema"]) > ACTOR_SCHEMA:
-        raise ValueError(f"{path} has schema {header['schema']}, this reads up to {ACTOR_SCHEMA}; use newer code")
+    if int(header["schema"]) > SCHEMAS[kind]:
+        raise ValueError(f"{path} has schema {header['schema']}, this reads up to {SCHEMAS[kind]}; use newer code")
     return header, tensors
