@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from metarec_gym.world import World
 
 Floats = NDArray[np.float64]
-ADJUST_CODE = (*ENV_CODE, "experiments/adjust.py", "agents/adjust.py", "agents/ppo.py")
+ADJUST_CODE = (*ENV_CODE, "experiments/adjust.py", "agents/adjust.py", "agents/ppo.py", "agents/ppo")
 ARMS = {
     "adjusted": "on the leash",
     "unleashed": "no penalty, no bound",

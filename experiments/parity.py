@@ -23,7 +23,14 @@ from experiments.run_folder import ENV_CODE, RunFolder, code_hash, command_line,
 if TYPE_CHECKING:
     from metarec_gym.policy import MlpPolicy
 
-PARITY_CODE = (*ENV_CODE, "experiments/parity.py", "agents/ppo.py", "agents/sb3/ppo.py", "agents/sb3/common.py")
+PARITY_CODE = (
+    *ENV_CODE,
+    "experiments/parity.py",
+    "agents/ppo.py",
+    "agents/ppo",
+    "agents/sb3/ppo.py",
+    "agents/sb3/common.py",
+)
 ENVS = ("CartPole-v1", "MetaRec/Select-v0")
 AGENTS = ("ppo", "sb3_ppo")
 CARTPOLE: dict[str, Any] = {
