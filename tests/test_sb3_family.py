@@ -17,7 +17,7 @@ pytest.importorskip("sb3_contrib")
 
 from agents.sb3.common import parse_rate
 from agents.sb3.export import ActorFile, LstmPolicy
-from agents.sb3.hyperparameters import settings_of
+from agents.sb3.hyperparameters import settings_of, tuned
 from experiments import train as command
 from metarec_gym.envs.vector_env import MetaRecVectorEnv
 from metarec_gym.policy import MlpPolicy
@@ -212,7 +212,8 @@ def test_the_hyperparameter_files_name_only_what_the_algorithms_have(action) -> 
 
 
 def test_the_file_of_select_says_what_our_ppo_and_sb3s_have_in_common() -> None:
-    assert module_of("ppo").defaults_for("MetaRec/Select-v0") == module_of("ppo").Args()
+    args = module_of("ppo").Args()
+    assert tuned(args, "ppo", "select") == args == module_of("ppo").defaults_for("MetaRec/Select-v0")
 
 
 def test_a_learning_rate_is_written_as_in_rl_zoo() -> None:
