@@ -46,7 +46,14 @@ LEARNERS = {
     "ppo_gru": Learner(
         "agents.ppo", seeds=10, num_envs=256, num_steps=33, output="torch", settings={"recurrent": True}
     ),
-    "sb3_ppo": Learner("agents.sb3", seeds=5, num_envs=256, num_steps=33, output="numpy"),
+    "sb3_ppo": Learner("agents.sb3.ppo", seeds=5, num_envs=256, num_steps=33, output="numpy"),
+    "sb3_a2c": Learner("agents.sb3.a2c", seeds=5, num_envs=256, num_steps=8, output="numpy"),
+    "sb3_dqn": Learner("agents.sb3.dqn", seeds=5, num_envs=64, num_steps=1, output="numpy"),
+    "sb3_sac": Learner("agents.sb3.sac", seeds=5, num_envs=64, num_steps=1, output="numpy"),
+    "sb3_maskable_ppo": Learner("agents.sb3.maskable_ppo", seeds=5, num_envs=256, num_steps=33, output="numpy"),
+    "sb3_recurrent_ppo": Learner("agents.sb3.recurrent_ppo", seeds=5, num_envs=256, num_steps=33, output="numpy"),
+    "sb3_qrdqn": Learner("agents.sb3.qrdqn", seeds=5, num_envs=64, num_steps=1, output="numpy"),
+    "sb3_trpo": Learner("agents.sb3.trpo", seeds=5, num_envs=256, num_steps=33, output="numpy"),
 }
 
 
@@ -56,8 +63,9 @@ class Args:
 
     world: Path | None = None
     """Folder of the world; if absent that of a scenario (`--env MetaRec/MovieLens100K-Select-v0`), else the synthetic one."""
-    agent: Literal["ppo", "ppo_gru", "sb3_ppo"] = "ppo"
-    """The learner; `ppo_gru` is PPO with a memory of the episode."""
+    agent: str = "ppo"
+    """The learner: ppo, ppo_gru (with a memory of the episode), sb3_ppo, sb3_a2c, sb3_dqn, sb3_sac (Blend),
+    sb3_maskable_ppo, sb3_recurrent_ppo, sb3_qrdqn, sb3_trpo."""
     env: tuple[str, ...] = (SELECT_ID,)
     """Registered id of the environment, then further settings of it, KEY=VALUE each (JSON values), in any order."""
     session_requests: int | None = None
@@ -110,17 +118,21 @@ def env_of(args: Args) -> tuple[str, dict[str, Any]]:
 def learner_code(learner: Learner) -> tuple[str, ...]:
     """The files that decide what a learner does."""
     path = learner.module.replace(".", "/")
-    return (path, f"{path}.py")
+    shared = ("agents/sb3/common.py", "agents/sb3/exploration.py") if path.startswith("agents/sb3/") else ()
+    return (path, f"{path}.py", *shared)
 
 
 def learner_args(args: Args) -> Any:
-    """The learner's own `Args`: seed, steps, then `--set`.
+    """The learner's own `Args`, by the kind of action where it has settings for each: seed, steps, then `--set`.
 
     Raises:
-        ValueError: When `--set` names no hyperparameter of the learner.
+        ValueError: When there is no such learner, or `--set` names no hyperparameter of it.
     """
+    if args.agent not in LEARNERS:
+        raise ValueError(f"--agent is {args.agent!r}, expected one of {sorted(LEARNERS)}")
     module = importlib.import_module(LEARNERS[args.agent].module)
-    default = dataclasses.replace(module.Args(), **LEARNERS[args.agent].settings)
+    default = module.defaults_for(env_of(args)[0]) if hasattr(module, "defaults_for") else module.Args()
+    default = dataclasses.replace(default, **LEARNERS[args.agent].settings)
     fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
     changes: dict[str, Any] = {"seed": args.seed, "total_steps": args.steps}
     if args.horizon is not None and "num_steps" in fields:
@@ -164,6 +176,7 @@ def world_of(args: Args) -> World:
 
 def run_folder(args: Args) -> RunFolder:
     """The folder of this training run, finished or not."""
+    hyper = learner_args(args)
     learner = LEARNERS[args.agent]
     env_id, settings = env_of(args)
     facts = {
@@ -178,7 +191,7 @@ def run_folder(args: Args) -> RunFolder:
         "slate_size": args.slate_size,
         "cost_weight": args.cost_weight,
         "device": args.device.split(":")[0],
-        "learner": learner_args(args),
+        "learner": hyper,
         "code": code_hash((*ENV_CODE, *learner_code(learner))),
     }
     return RunFolder(args.runs, f"{args.agent}_{args.fold}_seed{args.seed}", facts)

@@ -264,7 +264,8 @@ class MlpPolicy(StatelessPolicy):
     @classmethod
     def load(cls, path: str | Path) -> MlpPolicy:
         """`load_policy`: reads a saved policy of any kind."""
-        return load_policy(path)
+        policy: MlpPolicy = load_policy(path)
+        return policy
 
 
 MEMORY_TENSORS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -360,14 +361,14 @@ class GruPolicy(MlpPolicy):
         return super()._tensors() | {f"memory.{name}": tensor for name, tensor in named}
 
 
-def load_policy(path: str | Path) -> MlpPolicy:
+def load_policy(path: str | Path) -> Any:
     """Reads an exported policy of any kind: with or without memory, for one strategy, slots or a blend.
 
     Args:
         path: A file that `save` wrote.
 
     Returns:
-        `GruPolicy` where the file holds a memory, else `MlpPolicy`.
+        `GruPolicy` or `LstmPolicy` where the file holds a memory, else `MlpPolicy`.
 
     Raises:
         FileNotFoundError: When there is no such file.
@@ -380,6 +381,10 @@ def load_policy(path: str | Path) -> MlpPolicy:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     if "strategies" not in header:
         raise ValueError(f"{path} holds no policy (no strategies in its header); expected a policy.safetensors")
+    if json.loads(header.get("form", "{}")).get("kind") == "lstm":
+        from metarec_gym.policy_lstm import LstmPolicy
+
+        return LstmPolicy.load(path)
     if int(header["schema"]) > POLICY_SCHEMA:
         raise ValueError(
             f"{path} has policy schema {header['schema']}, this metarec_gym reads up to {POLICY_SCHEMA}; "

@@ -48,7 +48,10 @@ def test_standard_errors_cover_the_truth_nineteen_times_in_twenty():
 
 def test_the_decay_per_doubling_is_found_within_two_standard_errors():
     generator = torch.Generator().manual_seed(3)
-    item, position = torch.randint(10, (200_000,), generator=generator), torch.randint(4, (200_000,), generator=generator)
+    item, position = (
+        torch.randint(10, (200_000,), generator=generator),
+        torch.randint(4, (200_000,), generator=generator),
+    )
     logit = -1.5 + 0.2 * (item - 4.5) - 0.4 * torch.log2(1.0 + position)
     click = (torch.rand(len(item), generator=generator) < torch.sigmoid(logit)).to(torch.float64)
     decay, error = fit_position(item, position, click).decay
