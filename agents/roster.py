@@ -88,6 +88,7 @@ class Entry:
         needs: Modules outside the core dependencies; the entry is skipped where one is missing.
         sees: What its choice can rest on, of `SIGHTS`; decides which known optimum it must reach (`tests/known_worlds.py`).
         explores: Share of the requests that it spends on a uniform choice for ever.
+        settles: Whether it ends with the best strategy after a hundred answers; False where it goes on trying others.
     """
 
     kind: str
@@ -97,6 +98,7 @@ class Entry:
     needs: tuple[str, ...] = ()
     sees: tuple[str, ...] = ("history", "request")
     explores: float = 0.0
+    settles: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS or not set(self.sees) <= set(SIGHTS) or self.seeds < 1:
