@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from agents import search, supervised
 from agents.bandits.lessons import BANDITS
 from metarec_gym.policy import Policy
 
@@ -118,18 +119,57 @@ def absent(modules: tuple[str, ...]) -> tuple[str, ...]:
 
 
 _ANSWERS = ("answers",)
+_START = ("history",)
+_ALL = ("history", "request", "answers")
 _SEES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("epsilon_greedy", "softmax", "ucb1", "thompson", "beta_thompson", "exp3"), _ANSWERS),
     **dict.fromkeys(("population_ucb", "population_thompson"), _ANSWERS),
-    **dict.fromkeys(("neural_linear", "tuned_hierarchical"), ("history", "request", "answers")),
+    **dict.fromkeys(("neural_linear", "tuned_hierarchical"), _ALL),
 }
 _EXPLORES = {"epsilon_greedy": 0.1, "exp3": 0.1}
+_RESTLESS = ("softmax", "beta_thompson", "exp3")
+"""They still try others after a hundred answers."""
+
+
+def _bandit(name: str) -> Entry:
+    learn, seeds, note = BANDITS[name]
+    sees, explores = _SEES.get(name, ("history", "request")), _EXPLORES.get(name, 0.0)
+    return Entry("bandit", seeds, learn, note, sees=sees, explores=explores, settles=name not in _RESTLESS)
+
 
 ROSTER: dict[str, Entry] = {
-    name: Entry(
-        "bandit", seeds, learn, note, sees=_SEES.get(name, ("history", "request")), explores=_EXPLORES.get(name, 0.0)
-    )
-    for name, (learn, seeds, note) in BANDITS.items()
+    **{name: _bandit(name) for name in BANDITS},
+    "ga": Entry("search", 5, search.learn_ga, "genetic algorithm over a network's weights", ("pymoo",)),
+    "pso": Entry("search", 5, search.learn_pso, "particle swarm over a network's weights", ("pymoo",)),
+    "cma_es": Entry("search", 5, search.learn_cma_es, "CMA-ES over a network's weights", ("cma",)),
+    "random_search": Entry("search", 5, search.learn_random_search, "random networks, the best one again"),
+    "bayes_schedule": Entry(
+        "search",
+        5,
+        search.learn_bayes_schedule,
+        "Bayesian optimisation of a schedule by request",
+        ("optuna",),
+        sees=("request",),
+    ),
+    "gbm_regressor": Entry("supervised", 5, supervised.learn_gbm_regressor, "boosted trees of each strategy's reward"),
+    "gbm_selector": Entry(
+        "supervised", 5, supervised.learn_gbm_selector, "boosted classifier of the user's best strategy", sees=_START
+    ),
+    "knn_router": Entry("supervised", 5, supervised.learn_knn_router, "best among the nearest starts", sees=_START),
+    "cluster_router": Entry(
+        "supervised", 5, supervised.learn_cluster_router, "best in the start's cluster", sees=_START
+    ),
+    "history_length": Entry(
+        "supervised", 5, supervised.learn_history_length, "best for the history's length at the start", sees=_START
+    ),
+    "supervised_bandit": Entry(
+        "supervised",
+        5,
+        supervised.learn_supervised_bandit,
+        "boosted trees as prior, then each user's answers",
+        sees=_ALL,
+    ),
+    "round_robin": Entry("fixed", 1, supervised.learn_round_robin, "every strategy in turn"),
 }
 """The agents, by name."""
 
