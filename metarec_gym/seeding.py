@@ -61,14 +61,15 @@ def torch_generator(seed: int, *purpose: str | int, device: str | torch.device =
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     # int64 shifts keep the sign; the mask makes the shift a logical one
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64 tensors: every input bit reaches every output bit; wraps modulo 2**64."""
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    # each fresh tensor is written again: half of the time would go to new memory
+    x = _shift_right(x, 30).bitwise_xor_(x).mul_(_MIX_1)
+    x = _shift_right(x, 27).bitwise_xor_(x).mul_(_MIX_2)
+    return _shift_right(x, 31).bitwise_xor_(x)
 
 
 def fold_in(key: Tensor, value: Tensor | int) -> Tensor:
