@@ -218,6 +218,9 @@ class FrozenResponse(Judge):
         shared = shared.expand(self.n_members, -1, self.n_outcomes, -1)
         self._table = torch.cat([t["item_output"], shared, t["item_bias"][..., None]], dim=3).flatten(0, 1).contiguous()
         self._log_decays = torch.log(t["decays"])
+        exponents = torch.arange(t["position_logit"].shape[0] + 1, device=t["decays"].device, dtype=torch.float32)
+        # (items of a slate + 1, n_decays)
+        self._powers = torch.exp(exponents[:, None] * self._log_decays)
         self._scale, self._shift = t["calibration"][..., 0].contiguous(), t["calibration"][..., 1].contiguous()
         self.has_pair_noise = bool((t["pair_sd"] > 0).any())
         self.has_trend = bool((t["trend"] != 0).any())
@@ -296,13 +299,7 @@ class FrozenResponse(Judge):
             float32 (rows, state_dim).
         """
         if state.device.type == "cpu" and state.shape[0] > _FEW_ROWS:
-            # who took nothing stays as he was
-            moved = torch.nonzero(engaged.any(dim=1))[:, 0]
-            of_moved = (x.index_select(0, moved) for x in (state, items, engaged))
-            return state.index_copy(0, moved, self._next_state(*of_moved))
-        return self._next_state(state, items, engaged)
-
-    def _next_state(self, state: Tensor, items: Tensor, engaged: Tensor) -> Tensor:
+            return self._step_of_taken(state, items, engaged)
         rows, taken = state.shape[0], engaged.to(torch.float32)
         vectors = rows_of(self.tensors["item_input"], items) * taken[..., None]
         # number of items taken after position j: the exponent of the decay that item j has met by the end of the slate
@@ -316,6 +313,26 @@ class FrozenResponse(Judge):
         gained = torch.stack([(weight[:, n, :, None] * vectors).sum(dim=1) for n in range(self.n_decays)], dim=1)
         total = state[:, self.n_decays * self.dim : -1] + vectors.sum(dim=1)
         return torch.cat([(kept + gained).flatten(1), total, state[:, -1:] + count], dim=1)
+
+    def _step_of_taken(self, state: Tensor, items: Tensor, engaged: Tensor) -> Tensor:
+        """`step` with the same bits, for the items that were taken alone: who took nothing stays as he was."""
+        moved = torch.nonzero(engaged.any(dim=1))[:, 0]
+        taken = engaged.index_select(0, moved)
+        row, place = torch.nonzero(taken, as_tuple=True)
+        so_far = taken.cumsum(dim=1)
+        after = (so_far[:, -1:] - so_far)[row, place]
+        vectors = self.tensors["item_input"].index_select(0, items.index_select(0, moved)[row, place])
+        # added to zeros in slate order, as the sum over a slate adds them
+        each = torch.ones(len(row), self.n_decays + 1)
+        each[:, :-1] = (1.0 - self.tensors["decays"]) * self._powers.index_select(0, after)
+        gained = torch.zeros(len(moved), (self.n_decays + 1) * self.dim)
+        gained.index_add_(0, row, (each[..., None] * vectors[:, None]).flatten(1))
+        new = state.index_select(0, moved)
+        averages = new[:, : self.n_decays * self.dim].unflatten(1, (self.n_decays, self.dim))
+        averages.mul_(self._powers.index_select(0, so_far[:, -1])[..., None])
+        new[:, :-1].add_(gained)
+        new[:, -1].add_(so_far[:, -1])
+        return state.index_copy(0, moved, new)
 
     def inputs(self, state: Tensor) -> Tensor:
         """What the tower reads: averages, mean vector of the whole history, log count; (rows, state_dim) both."""
