@@ -218,9 +218,6 @@ class FrozenResponse(Judge):
         shared = shared.expand(self.n_members, -1, self.n_outcomes, -1)
         self._table = torch.cat([t["item_output"], shared, t["item_bias"][..., None]], dim=3).flatten(0, 1).contiguous()
         self._log_decays = torch.log(t["decays"])
-        exponents = torch.arange(t["position_logit"].shape[0] + 1, device=t["decays"].device, dtype=torch.float32)
-        # (items of a slate + 1, n_decays)
-        self._powers = torch.exp(exponents[:, None] * self._log_decays)
         self._scale, self._shift = t["calibration"][..., 0].contiguous(), t["calibration"][..., 1].contiguous()
         self.has_pair_noise = bool((t["pair_sd"] > 0).any())
         self.has_trend = bool((t["trend"] != 0).any())
@@ -299,7 +296,14 @@ class FrozenResponse(Judge):
             float32 (rows, state_dim).
         """
         if state.device.type == "cpu" and state.shape[0] > _FEW_ROWS:
-            return self._step_of_taken(state, items, engaged)
+            # who took nothing stays as he was; row 0 fills the last block up
+            moved = torch.nonzero(engaged.any(dim=1))[:, 0]
+            block = torch.nn.functional.pad(moved, (0, -len(moved) % ROW_MULTIPLE))
+            after = self._after_slate(*(x.index_select(0, block) for x in (state, items, engaged)))
+            return state.index_copy(0, moved, after[: len(moved)])
+        return self._after_slate(state, items, engaged)
+
+    def _after_slate(self, state: Tensor, items: Tensor, engaged: Tensor) -> Tensor:
         rows, taken = state.shape[0], engaged.to(torch.float32)
         vectors = rows_of(self.tensors["item_input"], items) * taken[..., None]
         # number of items taken after position j: the exponent of the decay that item j has met by the end of the slate
@@ -313,26 +317,6 @@ class FrozenResponse(Judge):
         gained = torch.stack([(weight[:, n, :, None] * vectors).sum(dim=1) for n in range(self.n_decays)], dim=1)
         total = state[:, self.n_decays * self.dim : -1] + vectors.sum(dim=1)
         return torch.cat([(kept + gained).flatten(1), total, state[:, -1:] + count], dim=1)
-
-    def _step_of_taken(self, state: Tensor, items: Tensor, engaged: Tensor) -> Tensor:
-        """`step` with the same bits, for the items that were taken alone: who took nothing stays as he was."""
-        moved = torch.nonzero(engaged.any(dim=1))[:, 0]
-        taken = engaged.index_select(0, moved)
-        row, place = torch.nonzero(taken, as_tuple=True)
-        so_far = taken.cumsum(dim=1)
-        after = (so_far[:, -1:] - so_far)[row, place]
-        vectors = self.tensors["item_input"].index_select(0, items.index_select(0, moved)[row, place])
-        # added to zeros in slate order, as the sum over a slate adds them
-        each = torch.ones(len(row), self.n_decays + 1)
-        each[:, :-1] = (1.0 - self.tensors["decays"]) * self._powers.index_select(0, after)
-        gained = torch.zeros(len(moved), (self.n_decays + 1) * self.dim)
-        gained.index_add_(0, row, (each[..., None] * vectors[:, None]).flatten(1))
-        new = state.index_select(0, moved)
-        averages = new[:, : self.n_decays * self.dim].unflatten(1, (self.n_decays, self.dim))
-        averages.mul_(self._powers.index_select(0, so_far[:, -1])[..., None])
-        new[:, :-1].add_(gained)
-        new[:, -1].add_(so_far[:, -1])
-        return state.index_copy(0, moved, new)
 
     def inputs(self, state: Tensor) -> Tensor:
         """What the tower reads: averages, mean vector of the whole history, log count; (rows, state_dim) both."""
@@ -356,7 +340,9 @@ class FrozenResponse(Judge):
             hidden = torch.relu(linear(inputs, t["hidden_weight"][m], t["hidden_bias"][m]))
             out = linear(hidden, t["tower_weight"][m], t["tower_bias"][m])
             return out.view(rows, self.n_outcomes, self.rank)
-        if inputs.device.type == "cpu" and rows > _FEW_ROWS:
+        # the bits of a narrow layer hang on a row's place in the batch, so there the rows stay where they are
+        wide = min(t["hidden_bias"].shape[1], t["tower_bias"].shape[1]) >= ROW_MULTIPLE
+        if inputs.device.type == "cpu" and rows > _FEW_ROWS and wide:
             return self._own_towers(inputs, member)
         # all members, then each row's own: no shape depends on the members that the rows have
         outs = torch.stack([self.tower(inputs, m) for m in range(self.n_members)], dim=1)
@@ -364,7 +350,7 @@ class FrozenResponse(Judge):
         return outs.gather(1, index)[:, 0]
 
     def _own_towers(self, inputs: Tensor, member: Tensor) -> Tensor:
-        """`tower` with every row asked of its own member alone; row bits as there, for blocks of rows are whole there and here."""
+        """`tower` with every row asked of its own member alone; the same bits, as rows come in whole blocks there and here."""
         out = inputs.new_empty(inputs.shape[0], self.n_outcomes, self.rank)
         for m in range(self.n_members):
             mine = torch.nonzero(member == m)[:, 0]
