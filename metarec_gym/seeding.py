@@ -29,6 +29,7 @@ def _as_int64(value: int) -> int:
 _GOLDEN = _as_int64(0x9E3779B97F4A7C15)
 _MIX_1 = _as_int64(0xBF58476D1CE4E5B9)
 _MIX_2 = _as_int64(0x94D049BB133111EB)
+_UNSIGNED_1, _UNSIGNED_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def stream(seed: int, *purpose: str | int) -> int:
@@ -61,14 +62,27 @@ def torch_generator(seed: int, *purpose: str | int, device: str | torch.device =
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     # int64 shifts keep the sign; the mask makes the shift a logical one
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64 tensors: every input bit reaches every output bit; wraps modulo 2**64."""
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    if x.device.type == "cpu" and x.dim() > 0:
+        return _mix_on_cpu(x)
+    # each fresh tensor is written again: half of the time would go to new memory
+    x = _shift_right(x, 30).bitwise_xor_(x).mul_(_MIX_1)
+    x = _shift_right(x, 27).bitwise_xor_(x).mul_(_MIX_2)
+    return _shift_right(x, 31).bitwise_xor_(x)
+
+
+def _mix_on_cpu(x: Tensor) -> Tensor:
+    """`mix` by numpy: shifts of unsigned numbers need no mask, and a call costs half of torch's."""
+    import torch
+
+    bits = x.numpy().view("uint64")
+    bits = (bits ^ (bits >> 30)) * _UNSIGNED_1
+    bits = (bits ^ (bits >> 27)) * _UNSIGNED_2
+    return torch.from_numpy((bits ^ (bits >> 31)).view("int64"))
 
 
 def fold_in(key: Tensor, value: Tensor | int) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from metarec_gym.envs import MetaRecVectorEnv
-from metarec_gym.envs.actions import blend, blend_weights, next_unshown, slots
+from metarec_gym.envs.actions import blend, blend_weights, next_scored, next_unshown, slots
 
 ACTIONS = ("select", "blend", "slots")
 
@@ -281,3 +281,20 @@ def test_an_action_that_does_not_fit_is_explained(tiny_world):
         make(tiny_world, "choose")
     with pytest.raises(TypeError, match=r"no settings \['patients'\]"):
         make(tiny_world, "select", patients=3)
+
+
+def test_the_next_items_do_not_depend_on_whether_another_list_runs_out():
+    generator = torch.Generator().manual_seed(2)
+    lists = torch.stack([torch.randperm(30, generator=generator)[:20] for _ in range(6)]).view(3, 2, 20).to(torch.int32)
+    shown = torch.zeros(3, 31, dtype=torch.uint8)
+    shown[:, -1] = 1
+    shown[torch.rand(3, 31, generator=generator) < 0.4] = 1
+    scores = torch.randn(3, 2, 20, generator=generator).to(torch.float16)
+    full, worth = next_scored(lists, scores, shown, 4)
+    short = torch.nn.functional.pad(lists[:1], (0, 0))
+    short[:, 1, 2:] = 30
+    mixed, mixed_worth = next_scored(torch.cat([lists, short]), scores[[0, 1, 2, 0]], shown[[0, 1, 2, 0]], 4)
+    expected = [[[i for i in line if not shown[row, i]][:4] for line in lists[row].tolist()] for row in range(3)]
+    assert full.tolist() == expected == mixed[:3].tolist()
+    assert worth.equal(mixed_worth[:3])
+    assert -1 in mixed[3, 1].tolist()

@@ -19,10 +19,20 @@ NAMES = ("popularity", "age", "trend", "cooccurrence_recent", "cooccurrence_hist
 
 
 def make_response(
-    *, n_items=6, dim=3, decays=(0.5, 0.9), outcomes=("watch", "like"), n_users=4, members=1, seed=0, **override
+    *,
+    n_items=6,
+    dim=3,
+    decays=(0.5, 0.9),
+    outcomes=("watch", "like"),
+    n_users=4,
+    members=1,
+    rank=2,
+    hidden=5,
+    seed=0,
+    **override,
 ):
     generator = torch.Generator().manual_seed(seed)
-    n_outcomes, features, rank, hidden = len(outcomes), len(NAMES), 2, 5
+    n_outcomes, features = len(outcomes), len(NAMES)
     state_dim = (len(decays) + 1) * dim + 1
 
     def normal(*shape):
@@ -113,6 +123,40 @@ def test_a_row_has_the_same_bits_whatever_members_the_other_rows_have():
     got = response.conditional_probs(state, effects, items, member=mixed)
     assert torch.equal(got, torch.stack([of_all[int(m)][row] for row, m in enumerate(mixed)]))
     assert not torch.equal(of_all[0], of_all[1])
+
+
+@pytest.mark.parametrize(("dim", "hidden"), [(8, 5), (48, 24), (64, 96)])
+def test_a_row_of_a_large_batch_has_the_bits_of_a_small_one(dim, hidden):
+    # large batches ask each row's own member and move only who took something; small ones compute everything and choose
+    response, generator = (
+        make_response(members=3, n_items=40, dim=dim, hidden=hidden, rank=8),
+        torch.Generator().manual_seed(5),
+    )
+    state = response.start(torch.randint(-1, 40, (160, 12), generator=generator))
+    effects = response.effects(0)[torch.arange(160) % 4]
+    items = torch.rand(160, 40, generator=generator).argsort(dim=1)[:, :6]
+    engaged = torch.rand(160, 6, generator=generator) < 0.3
+    member = torch.randint(0, 3, (160,), generator=generator)
+    # one member with a single row: its block is filled up
+    member[member == 2] = 0
+    member[77] = 2
+    probs, moved = (
+        response.conditional_probs(state, effects, items, member=member),
+        response.step(state, items, engaged),
+    )
+    for begin in range(0, 160, 16):
+        rows = slice(begin, begin + 16)
+        few = response.conditional_probs(state[rows], effects[rows], items[rows], member=member[rows])
+        assert torch.equal(probs[rows], few)
+        assert torch.equal(moved[rows], response.step(state[rows], items[rows], engaged[rows]))
+    assert torch.equal(moved[~engaged.any(dim=1)], state[~engaged.any(dim=1)])
+    assert not torch.equal(moved, state)
+
+
+def test_a_large_batch_in_which_nobody_takes_anything_stays_as_it_is():
+    response = make_response()
+    state = response.start(torch.tensor([[1, 2]] * 80))
+    assert torch.equal(response.step(state, torch.zeros(80, 2, dtype=torch.int64), torch.zeros(80, 2) > 0), state)
 
 
 def test_a_gate_shift_moves_the_gate_and_nothing_that_follows_it():

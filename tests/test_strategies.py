@@ -266,6 +266,23 @@ def test_scoring_before_fitting_is_refused_with_a_sentence() -> None:
         Ease().score(torch.zeros(1, 1, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("values", ["distinct", "few", "one"])
+def test_the_best_items_are_those_of_a_sort_by_score_and_then_by_item(values):
+    generator = torch.Generator().manual_seed(3)
+    for n_items, length in ((3, 2), (30, 5), (60, 30), (60, 70)):
+        scores = torch.zeros(12, n_items)
+        if values != "one":
+            scores = torch.randn(12, n_items, generator=generator)
+        if values == "few":
+            scores = scores.round() * -1.0
+        excluded = torch.randint(-1, n_items, (12, n_items // 2), generator=generator)
+        expected = []
+        for score, barred in zip(scores.tolist(), excluded.tolist(), strict=True):
+            allowed = sorted(set(range(n_items)) - set(barred), key=lambda item: (-score[item], item))[:length]
+            expected.append(allowed + [-1] * (length - len(allowed)))
+        assert best_items(scores, excluded, length).tolist() == expected
+
+
 def test_ties_go_to_the_lower_item_and_excluded_items_never_appear() -> None:
     scores = torch.tensor([[0.5, -1.0, 0.5, -0.0, 0.0, -2.0]])
     assert best_items(scores, torch.tensor([[-1, 2]]), 8).tolist() == [[0, 3, 4, 1, 5, -1, -1, -1]]

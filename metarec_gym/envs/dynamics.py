@@ -13,7 +13,7 @@ from metarec_gym.envs.config import EnvConfig
 from metarec_gym.envs.life import in_service, outage
 from metarec_gym.envs.sessions import absence
 from metarec_gym.envs.user_state import EnvTables, UserState
-from metarec_gym.response.frozen import AnyJudge, item_exposure, joint_probs, logistic, next_exposure
+from metarec_gym.response.frozen import AnyJudge, item_exposure, joint_probs, logistic, next_exposure, rows_of
 from metarec_gym.seeding import fold_in, mix, normal, uniform
 
 LEAVE_DRAW = -2
@@ -71,6 +71,10 @@ def lists_of(tables: EnvTables, state: UserState, strategies: Tensor | None, dep
     if tables.session_requests is None:
         if strategies is None:
             return tables.lists[state.start, :, :depth]
+        if strategies.shape[1] == 1:
+            # a whole beginning is copied at once
+            row = state.start * tables.lists.shape[1] + strategies[:, 0]
+            return tables.lists.view(-1, tables.lists.shape[2])[:, :depth].index_select(0, row)[:, None]
         return tables.lists[state.start[:, None], strategies, :depth]
     lists = state.lists[..., :depth]
     return lists if strategies is None else lists.gather(1, strategies[..., None].expand(-1, -1, depth))
@@ -130,7 +134,7 @@ def slate_probs(tables: EnvTables, judge: AnyJudge, state: UserState, slate: Ten
         noise = normal(fold_in(fold_in(fold_in(root, PAIR_DRAW), user)[:, None], slate))
     probs = judge.conditional_probs(
         state.response,
-        tables.effects[state.member, user] if several else tables.effects[0][user],
+        tables.effects.flatten(0, 1).index_select(0, state.member * tables.effects.shape[1] + user),
         items,
         user=user,
         member=state.member if several else None,
@@ -187,8 +191,11 @@ def serve(tables: EnvTables, judge: AnyJudge, config: EnvConfig, state: UserStat
     expected = (joint_probs(probs) * tables.outcome_weights).sum(dim=(1, 2)) - cost - latency
     count = outcomes[..., 0].to(torch.float32).sum(dim=1)
     unrewarded = torch.where(count > 0, 0.0, state.unrewarded + 1.0)
-    leaving = leave_prob(tables, judge, state, slate, count, unrewarded)
-    left = uniform(fold_in(fold_in(state.draw_key, state.request), LEAVE_DRAW)) < leaving
+    if tables.may_leave:
+        leaving = leave_prob(tables, judge, state, slate, count, unrewarded)
+        left = uniform(fold_in(fold_in(state.draw_key, state.request), LEAVE_DRAW)) < leaving
+    else:
+        leaving, left = torch.zeros_like(reward), torch.zeros_like(reward, dtype=torch.bool)
     retention, hours = torch.zeros_like(reward), torch.zeros_like(reward)
     session_ends = torch.zeros_like(left)
     if tables.session_requests is not None:
@@ -255,7 +262,7 @@ def advance(
         state,
         request=request,
         response=judge.step(state.response, items, taken),
-        profile=state.profile + (tables.item_profile[items] * weight).sum(dim=1),
+        profile=state.profile + (rows_of(tables.item_profile, items) * weight).sum(dim=1),
         engaged=state.engaged + count,
         strategy_count=state.strategy_count + planned.share,
         strategy_reward=state.strategy_reward + credit(tables, state, planned, served),

@@ -33,6 +33,8 @@ class MetaRecEnv(gymnasium.Env[NDArray[np.float32], Any]):
         self._batch = MetaRecVectorEnv(
             1, world=world, device=device, autoreset_mode="Disabled", render_mode=render_mode, **settings
         )
+        # with one row there is nothing to tell apart
+        self._batch._masked_infos = False
         self.render_mode = render_mode
         self.observation_space = self._batch.single_observation_space
         self.action_space = self._batch.single_action_space

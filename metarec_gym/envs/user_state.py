@@ -72,6 +72,8 @@ class EnvTables:
     tracks_exposure: bool
     shifts_gate: bool
     patience: float | None
+    may_leave: bool
+    """Whether users can leave after a request at all."""
     service_changes: bool
     """Whether strategies come and go inside an episode."""
     outage_rate: float
@@ -143,6 +145,7 @@ def make_tables(world: World, config: EnvConfig, horizon: int, slate_size: int, 
         tracks_exposure=fatigue != 0.0 or repetition,
         shifts_gate=bool((values["gate_offset"] != 0).any()) or fatigue != 0.0 or config.drift != 0,
         patience=config.patience,
+        may_leave=config.patience is not None or judge.has_leaving,
         service_changes=config.outage_rate > 0 or bool((service != service[:1]).any()),
         outage_rate=config.outage_rate,
         outage_length=config.outage_length,

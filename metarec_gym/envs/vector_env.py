@@ -183,7 +183,7 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
         self._judge = self.world.judge(self.config.fold, self.config.judge).to(self.device)
         self._reward_scale = self.world.reward_scale * self.slate_size
         index = torch.arange(self._rows, device=self.device)
-        self._all = torch.ones(self._rows, dtype=torch.bool, device=self.device)
+        self._masked_infos = True
         self._exists = index < num_envs
         self._seeded = False
         self._episodes = Episodes(index.clone(), torch.zeros_like(index[:1]), torch.zeros_like(index))
@@ -219,7 +219,10 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
             ValueError: When an option has the wrong length or names a start state of the other fold.
         """
         super().reset(seed=seed if isinstance(seed, int) else None)
-        options = dict(options or {})
+        with self._bookkeeping():
+            return self._reset(seed, dict(options or {}))
+
+    def _reset(self, seed: int | Sequence[int | None] | None, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         mask = row_mask(options.get("reset_mask"), self.num_envs, self._rows, self.device)
         if self._state is None and not bool(mask[: self.num_envs].all()):
             raise ValueError("the first reset must start every row; call reset() without reset_mask first")
@@ -268,9 +271,16 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
             RuntimeError: When `reset` was not called.
             ValueError: When an action is out of range or has the wrong shape.
         """
-        state = self._state
-        if state is None:
+        if self._state is None:
             raise RuntimeError("step was called before reset; call env.reset(seed=...) first")
+        with self._bookkeeping():
+            return self._step(self._state, actions)
+
+    def _bookkeeping(self) -> torch.inference_mode:
+        """Without autograd's notes about tensors, a third of a call's cost; not where tensors go out, which may be trained on."""
+        return torch.inference_mode(self.output == "numpy")
+
+    def _step(self, state: UserState, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         action = self._actions(actions)
         idle = state.terminated | state.truncated
         planned = plan(self._tables, self.config, state, action, self.slate_size, self._deepest(state))
@@ -355,11 +365,18 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _out(self, value: Tensor) -> Any:
         """The rows that exist, as the caller wants them; never a view of memory that changes later."""
-        rows = value[: self.num_envs]
-        return rows if self.output == "torch" else rows.cpu().numpy()
+        return value[: self.num_envs] if self.output == "torch" else value.cpu().numpy()[: self.num_envs]
 
     def _add(self, info: dict[str, Any], key: str, value: Any, rows: Tensor | None = None) -> None:
-        info[key], info[f"_{key}"] = value, self._out((self._all if rows is None else rows).clone())
+        info[key] = value
+        if not self._masked_infos:
+            return
+        if rows is not None:
+            info[f"_{key}"] = self._out(rows.clone())
+        elif self.output == "numpy":
+            info[f"_{key}"] = np.ones(self.num_envs, dtype=np.bool_)
+        else:
+            info[f"_{key}"] = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
 
     def _info(self, served: Served | None = None, planned: Plan | None = None) -> dict[str, Any]:
         facts = state_facts(self._tables, self._current())

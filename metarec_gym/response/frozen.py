@@ -31,6 +31,9 @@ from metarec_gym.seeding import fold_in, mix, normal
 ROW_MULTIPLE = 16
 """Batches are padded to a multiple of this many rows: matrix kernels then give each row the same bits in any batch on CPU."""
 
+_FEW_ROWS = 64
+"""Up to this many rows it is faster to ask every member about all of them than to sort the rows."""
+
 DYNAMIC_FEATURES = ("trend", "cooccurrence_recent", "cooccurrence_history")
 """The last entries of phi: of the date, and of the state (two); the ones before them are static."""
 
@@ -72,6 +75,11 @@ _TIMING_SHAPES = {
 def logistic(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)); unlike torch.sigmoid its vector and scalar paths agree bit for bit on CPU."""
     return 1.0 / (1.0 + torch.exp(-x))
+
+
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """`table[index]` for an index of any shape; on CPU a whole row is copied at once, several times as fast as by `[]`."""
+    return table.index_select(0, index.reshape(-1)).view(*index.shape, *table.shape[1:])
 
 
 class Judge:
@@ -210,8 +218,6 @@ class FrozenResponse(Judge):
         shared = shared.expand(self.n_members, -1, self.n_outcomes, -1)
         self._table = torch.cat([t["item_output"], shared, t["item_bias"][..., None]], dim=3).flatten(0, 1).contiguous()
         self._log_decays = torch.log(t["decays"])
-        self._hidden_weight = t["hidden_weight"].flatten(0, 1).contiguous()
-        self._hidden_bias = t["hidden_bias"].flatten().contiguous()
         self._scale, self._shift = t["calibration"][..., 0].contiguous(), t["calibration"][..., 1].contiguous()
         self.has_pair_noise = bool((t["pair_sd"] > 0).any())
         self.has_trend = bool((t["trend"] != 0).any())
@@ -289,8 +295,17 @@ class FrozenResponse(Judge):
         Returns:
             float32 (rows, state_dim).
         """
+        if state.device.type == "cpu" and state.shape[0] > _FEW_ROWS:
+            # who took nothing stays as he was; row 0 fills the last block up
+            moved = torch.nonzero(engaged.any(dim=1))[:, 0]
+            block = torch.nn.functional.pad(moved, (0, -len(moved) % ROW_MULTIPLE))
+            after = self._after_slate(*(x.index_select(0, block) for x in (state, items, engaged)))
+            return state.index_copy(0, moved, after[: len(moved)])
+        return self._after_slate(state, items, engaged)
+
+    def _after_slate(self, state: Tensor, items: Tensor, engaged: Tensor) -> Tensor:
         rows, taken = state.shape[0], engaged.to(torch.float32)
-        vectors = self.tensors["item_input"][items] * taken[..., None]
+        vectors = rows_of(self.tensors["item_input"], items) * taken[..., None]
         # number of items taken after position j: the exponent of the decay that item j has met by the end of the slate
         count = taken.sum(dim=1, keepdim=True)
         after = count - taken.cumsum(dim=1)
@@ -325,13 +340,25 @@ class FrozenResponse(Judge):
             hidden = torch.relu(linear(inputs, t["hidden_weight"][m], t["hidden_bias"][m]))
             out = linear(hidden, t["tower_weight"][m], t["tower_bias"][m])
             return out.view(rows, self.n_outcomes, self.rank)
-        # all members, then each row's own: a row's bits do not depend on which members the other rows have
-        hidden = torch.relu(linear(inputs, self._hidden_weight, self._hidden_bias)).view(rows, self.n_members, -1)
-        outs = [
-            linear(hidden[:, m].contiguous(), t["tower_weight"][m], t["tower_bias"][m]) for m in range(self.n_members)
-        ]
-        index = member[:, None, None].expand(rows, 1, self.n_outcomes * self.rank)
-        return torch.stack(outs, dim=1).gather(1, index).view(rows, self.n_outcomes, self.rank)
+        # the bits of a narrow layer hang on a row's place in the batch, so there the rows stay where they are
+        wide = min(t["hidden_bias"].shape[1], t["tower_bias"].shape[1]) >= ROW_MULTIPLE
+        if inputs.device.type == "cpu" and rows > _FEW_ROWS and wide:
+            return self._own_towers(inputs, member)
+        # all members, then each row's own: no shape depends on the members that the rows have
+        outs = torch.stack([self.tower(inputs, m) for m in range(self.n_members)], dim=1)
+        index = member[:, None, None, None].expand(rows, 1, self.n_outcomes, self.rank)
+        return outs.gather(1, index)[:, 0]
+
+    def _own_towers(self, inputs: Tensor, member: Tensor) -> Tensor:
+        """`tower` with every row asked of its own member alone; the same bits, as rows come in whole blocks there and here."""
+        out = inputs.new_empty(inputs.shape[0], self.n_outcomes, self.rank)
+        for m in range(self.n_members):
+            mine = torch.nonzero(member == m)[:, 0]
+            # row 0 fills the last block up
+            block = torch.nn.functional.pad(mine, (0, -len(mine) % ROW_MULTIPLE))
+            if len(mine):
+                out.index_copy_(0, mine, self.tower(inputs.index_select(0, block), m)[: len(mine)])
+        return out
 
     def features(self, inputs: Tensor, items: Tensor, period: Tensor | None = None) -> Tensor:
         """phi(item, state, date).
@@ -391,16 +418,17 @@ class FrozenResponse(Judge):
         tower = self.tower(inputs, 0 if member is None else member)
         row = torch.cat([tower, recent + whole, effects[..., :split], ones], dim=2)
         of_member = items if member is None or self.n_members == 1 else items + (member * self.n_items)[:, None]
-        score = (self._table[of_member] * row[:, None]).sum(dim=-1)
+        score = (rows_of(self._table, of_member) * row[:, None]).sum(dim=-1)
         if self.has_trend and period is not None:
-            trend = self.tensors["trend"][period[:, None], items]
+            trend = self.tensors["trend"].view(-1).take(items + (period * self.n_items)[:, None])
             score = score + trend[..., None] * effects[:, None, :, split]
         if pair_noise is not None:
             score = score + self.tensors["pair_sd"] * pair_noise[..., None]
         if member is None or self.n_members == 1:
             stacked = score * self._scale[0] + self._shift[0]
         else:
-            stacked = score * self._scale[member][:, None] + self._shift[member][:, None]
+            scale, shift = self._scale.index_select(0, member), self._shift.index_select(0, member)
+            stacked = score * scale[:, None] + shift[:, None]
         gate = stacked[..., :1]
         if position:
             # only the gate depends on being looked at; what follows is given that the item was taken
