@@ -78,16 +78,32 @@ def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame | None], descri
     folder.mkdir(parents=True, exist_ok=True)
     # the old description goes first: a crash from here on leaves a folder to prepare again, not a mixture of two logs
     (folder / LOG_FILE).unlink(missing_ok=True)
-    checksums: dict[str, str] = {}
+    files: dict[str, Path | None] = {}
     for name, table in tables.items():
+        files[name] = None
+        if table is not None:
+            files[name] = folder / f"{name}.parquet.partial"
+            table.to_parquet(files[name], index=False)
+    install_tables(folder, files, description)
+
+
+def install_tables(folder: Path, files: Mapping[str, Path | None], description: Mapping[str, Any]) -> None:
+    """Moves finished Parquet files to their places in `folder` and writes `log.json` last.
+
+    Args:
+        folder: Where the log will lie.
+        files: Files by the table's name, on the same file system as `folder`; None removes the file of an earlier log.
+        description: As for `write_tables`.
+    """
+    (folder / LOG_FILE).unlink(missing_ok=True)
+    checksums: dict[str, str] = {}
+    for name, file in files.items():
         path = folder / f"{name}.parquet"
-        if table is None:
+        if file is None:
             path.unlink(missing_ok=True)
             continue
-        partial = path.with_name(path.name + ".partial")
-        table.to_parquet(partial, index=False)
-        checksums[path.name] = file_sha256(partial)
-        os.replace(partial, path)
+        checksums[path.name] = file_sha256(file)
+        os.replace(file, path)
     partial = folder / f"{LOG_FILE}.partial"
     whole = {"schema": LOG_SCHEMA, **description, "files": checksums}
     partial.write_text(json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
