@@ -23,6 +23,8 @@ FOLDER = Path(__file__).resolve().parent
 RECIPE_VERSION = 1
 STREAM_BYTES = 256 << 20
 """Files above this size are read in pieces."""
+INCOMPLETE = "drop rows without"
+"""Begins the cleaning steps of incomplete rows."""
 NOT_IN_RECIPE = ("path", "items", "out", "force", "stream", "rows_in_memory")
 """Settings that do not change what the log says."""
 _COMPARISON = re.compile(r"^(?P<column>.+?)(?P<operator>>=|<=|>|<)(?P<value>[^<>=]+)$")
@@ -286,7 +288,7 @@ def read_table(path: Path, separator: str, columns: str | None, encoding: str) -
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as Parquet ({error}); check the file") from error
     try:
-        table = pd.read_csv(path, **csv_options(separator, columns, encoding))
+        table: pd.DataFrame = pd.read_csv(path, **csv_options(separator, columns, encoding))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not {encoding} text ({error}); name its encoding with --encoding") from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, OSError, EOFError) as error:
@@ -343,8 +345,18 @@ def _weights(texts: tuple[str, ...], outcomes: list[str]) -> list[float]:
     return [given.get(name, 1.0) for name in outcomes]
 
 
-def complete_rows(events: pd.DataFrame, args: Args, steps: list[CleaningStep], *, first_row: int = 0) -> pd.DataFrame:
-    """Rows that have user, item and time; refuses others unless told to drop them. `first_row`: place of a piece in its file."""
+def complete_rows(
+    events: pd.DataFrame, args: Args, steps: list[CleaningStep], *, first_row: int = 0, every_step: bool = False
+) -> pd.DataFrame:
+    """Rows that have user, item and time; refuses others unless told to drop them.
+
+    Args:
+        events: The file's rows, or a piece of them.
+        args: The mapping.
+        steps: Gets what was dropped.
+        first_row: Place of the piece in its file.
+        every_step: Also notes that nothing was dropped, so that the steps of pieces add up.
+    """
     from metarec_gym.data import CleaningStep
 
     for option in ("user", "item", "time"):
@@ -356,9 +368,11 @@ def complete_rows(events: pd.DataFrame, args: Args, steps: list[CleaningStep], *
                 f"{count} of {len(events)} rows have no {option} (column {getattr(args, option)!r}, first: row "
                 f"{first_row + int(missing.to_numpy().argmax())}); fill them in, or drop these rows with --drop-incomplete"
             )
+        before = len(events)
         if count:
-            before, events = len(events), events.loc[~missing.to_numpy()].reset_index(drop=True)
-            steps.append(CleaningStep(f"drop rows without {option}", before, len(events)))
+            events = events.loc[~missing.to_numpy()].reset_index(drop=True)
+        if count or every_step:
+            steps.append(CleaningStep(f"{INCOMPLETE} {option}", before, len(events)))
     return events
 
 

@@ -17,7 +17,7 @@ from metarec_gym.data.storage import content_hash, read_tables, write_tables
 
 KEY_COLUMNS = ("user_id", "item_id", "timestamp")
 OPTIONAL_COLUMNS = ("session_id", "propensity", "position", "strategy")
-_LOG_KIND = "interaction log"
+LOG_KIND = "interaction log"
 _KNOWN_LOGS = ("movielens_100k", "movielens_1m", "deskdrop")
 
 
@@ -173,7 +173,7 @@ class InteractionLog:
         folder = Path(folder)
         command = prepare_command(folder)
         tables, description = read_tables(
-            folder, ("interactions", "items", "users"), kind=_LOG_KIND, prepare_command=command
+            folder, ("interactions", "items", "users"), kind=LOG_KIND, prepare_command=command
         )
         frame = tables["interactions"]
         damaged = f"the prepared log in {folder} is damaged"
@@ -211,7 +211,7 @@ def log_description(
 ) -> dict[str, Any]:
     """What `log.json` says of a log whose content has the hash `content`."""
     return {
-        "kind": _LOG_KIND,
+        "kind": LOG_KIND,
         "name": name,
         "hash": content,
         "outcomes": list(outcomes),
