@@ -291,7 +291,12 @@ def ppo_windows(setting: Setting, world: World, wait: Wait) -> Windows:
         found.steps.append(each * per_iteration)
         found.vec_steps.append(each * world.horizon)
         found.cpu_s.append(cpu / wall * length)
-    found.facts = {"whole_call_per_s": result.steps / wall, "minibatch_size": setting.minibatch_size}
+    found.facts = {
+        "whole_call_per_s": result.steps / wall,
+        "minibatch_size": setting.minibatch_size,
+        "obs_dim": int(env.single_observation_space.shape[0]),  # type: ignore[index]
+        "num_strategies": world.n_strategies,
+    }
     return found
 
 
