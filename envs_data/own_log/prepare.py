@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).resolve().parent
 RECIPE_VERSION = 1
+STREAM_BYTES = 256 << 20
+"""Files above this size are read in pieces."""
+INCOMPLETE = "drop rows without"
+"""Begins the cleaning steps of incomplete rows."""
+NOT_IN_RECIPE = ("path", "items", "out", "force", "stream", "rows_in_memory")
+"""Settings that do not change what the log says."""
 _COMPARISON = re.compile(r"^(?P<column>.+?)(?P<operator>>=|<=|>|<)(?P<value>[^<>=]+)$")
 _EVENT_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 
@@ -83,6 +89,10 @@ class Args:
     """What separates the categories of an item."""
     pseudonym_key: Path | None = None
     """Key file, outside the data, for pseudonyms of users and sessions; made if it is not there."""
+    stream: bool | None = None
+    """Read in pieces, in bounded memory; if not given, files of more than 256 MB are."""
+    rows_in_memory: int = 500_000
+    """Rows that a piece holds, when the file is read in pieces."""
     force: bool = False
     """Prepare again even if the prepared log is intact."""
 
@@ -124,6 +134,18 @@ def main(args: Args) -> None:
         counts = f"{card['rows']:,} rows, {card['users']:,} users, {card['items']:,} items"
         print(f"{name} is prepared in {out}: {counts}, hash {done['hash']}")
         return
+    if args.stream if args.stream is not None else args.path.stat().st_size > STREAM_BYTES:
+        from envs_data.own_log.streaming import prepare_in_pieces
+
+        said = prepare_in_pieces(args, recipe)
+        rates = ", ".join(f"{o} {rate:.2%}" for o, rate in said["card"]["outcome_rates"].items())
+        print(f"{name} -> {out}, hash {said['hash']}")
+        for step in said["cleaning"]:
+            print(f"  {step['rule']}: {step['rows_before']:,} -> {step['rows_after']:,} rows {step['note']}".rstrip())
+        print(
+            f"  {said['card']['rows']:,} rows, {said['card']['users']:,} users, {said['card']['items']:,} items; {rates}"
+        )
+        return
     log = prepare(args, recipe)
     log.save(out)
     weights = ", ".join(f"{o} {w:g}" for o, w in zip(log.outcomes, log.outcome_weights, strict=True))
@@ -150,7 +172,7 @@ def recipe_of(args: Args) -> dict[str, Any]:
             raise FileNotFoundError(f"there is no file {path}; give the file with {option}")
         with path.open("rb") as file:
             files[option] = hashlib.file_digest(file, "sha256").hexdigest()
-    mapping = {key: value for key, value in asdict(args).items() if key not in ("path", "items", "out", "force")}
+    mapping = {key: value for key, value in asdict(args).items() if key not in NOT_IN_RECIPE}
     mapping["pseudonym_key"] = args.pseudonym_key is not None
     return {"version": RECIPE_VERSION, "sha256": files, "mapping": {**mapping, "outcome": list(args.outcome)}}
 
@@ -210,16 +232,39 @@ def prepare(args: Args, recipe: dict[str, Any] | None = None, *, items: pd.DataF
     name, out = target(args)
     events = read_table(args.path, args.separator, args.columns, args.encoding)
     columns = [str(column) for column in events.columns]
-    _check_columns(args, columns)
+    check_columns(args, columns)
+    rules, weights = outcome_rules(args, columns)
+    steps: list[CleaningStep] = []
+    events = complete_rows(events, args, steps)
+    if len(events) == 0:
+        raise ValueError(f"{args.path.name} has no rows left; check the file and the columns named")
+    frame, shown = mapped_columns(events, args, rules)
+    frame = merged_events(frame, shown, args, rules, steps)
+    card = log_card(args, rules, recipe)
+    log = InteractionLog.from_frame(
+        frame,
+        name=name,
+        outcomes=[rule.name for rule in rules],
+        outcome_weights=weights,
+        items=item_table(args) if items is None and args.items is not None else items,
+        card=card,
+        cleaning=steps,
+    )
+    return log if args.pseudonym_key is None else _pseudonymised(log, args.pseudonym_key, out)
+
+
+def outcome_rules(args: Args, columns: list[str]) -> tuple[list[OutcomeRule], list[float]]:
+    """The outcomes and their weights, given the columns that exist."""
     if not args.outcome:
         raise ValueError(
             "no outcome is given; say what users did, e.g. --outcome click=event:click, or --outcome watch=*"
         )
     rules = [parse_outcome(text, columns) for text in args.outcome]
-    weights = _weights(args.weight, [rule.name for rule in rules])
-    steps: list[CleaningStep] = []
-    events = _complete_rows(events, args, steps)
-    frame = _mapped_rows(events, args, rules, steps)
+    return rules, _weights(args.weight, [rule.name for rule in rules])
+
+
+def log_card(args: Args, rules: list[OutcomeRule], recipe: dict[str, Any] | None) -> dict[str, Any]:
+    """Source, licence, and what outcomes and sessions mean; the recipe if there is one."""
     card: dict[str, Any] = {
         "source": args.path.name,
         "licence": "the owner's; not to be handed on without their word",
@@ -228,18 +273,7 @@ def prepare(args: Args, recipe: dict[str, Any] | None = None, *, items: pd.DataF
         if args.session
         else f"pauses of more than {args.session_gap_min:g} minutes",
     }
-    if recipe is not None:
-        card["recipe"] = recipe
-    log = InteractionLog.from_frame(
-        frame,
-        name=name,
-        outcomes=[rule.name for rule in rules],
-        outcome_weights=weights,
-        items=_item_table(args) if items is None and args.items is not None else items,
-        card=card,
-        cleaning=steps,
-    )
-    return log if args.pseudonym_key is None else _pseudonymised(log, args.pseudonym_key, out)
+    return card if recipe is None else card | {"recipe": recipe}
 
 
 def read_table(path: Path, separator: str, columns: str | None, encoding: str) -> pd.DataFrame:
@@ -253,21 +287,8 @@ def read_table(path: Path, separator: str, columns: str | None, encoding: str) -
             return pd.read_parquet(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as Parquet ({error}); check the file") from error
-    names = [name.strip() for name in columns.split(",")] if columns else None
     try:
-        table = pd.read_csv(
-            path,
-            sep=re.escape(separator) if len(separator) > 1 else separator,
-            engine="python" if len(separator) > 1 else "c",
-            names=names,
-            header=None if names else 0,
-            # pandas would else take a first column beyond the names for an index, and shift every other one
-            index_col=False,
-            dtype=str,
-            keep_default_na=False,
-            na_values=[""],
-            encoding=encoding,
-        )
+        table: pd.DataFrame = pd.read_csv(path, **csv_options(separator, columns, encoding))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not {encoding} text ({error}); name its encoding with --encoding") from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, OSError, EOFError) as error:
@@ -277,7 +298,24 @@ def read_table(path: Path, separator: str, columns: str | None, encoding: str) -
     return table.rename(columns=lambda column: str(column).strip())
 
 
-def _check_columns(args: Args, columns: list[str]) -> None:
+def csv_options(separator: str, columns: str | None, encoding: str) -> dict[str, Any]:
+    """How pandas is to read a CSV: every field as text, empty fields missing."""
+    names = [name.strip() for name in columns.split(",")] if columns else None
+    return {
+        "sep": re.escape(separator) if len(separator) > 1 else separator,
+        "engine": "python" if len(separator) > 1 else "c",
+        "names": names,
+        "header": None if names else 0,
+        # pandas would else take a first column beyond the names for an index, and shift every other one
+        "index_col": False,
+        "dtype": str,
+        "keep_default_na": False,
+        "na_values": [""],
+        "encoding": encoding,
+    }
+
+
+def check_columns(args: Args, columns: list[str]) -> None:
     """Refuses a mapping to a column that is not there."""
     options = ("user", "item", "time", "session", "strategy", "propensity", "position")
     missing = [
@@ -307,8 +345,18 @@ def _weights(texts: tuple[str, ...], outcomes: list[str]) -> list[float]:
     return [given.get(name, 1.0) for name in outcomes]
 
 
-def _complete_rows(events: pd.DataFrame, args: Args, steps: list[CleaningStep]) -> pd.DataFrame:
-    """Rows that have user, item and time; refuses others unless told to drop them."""
+def complete_rows(
+    events: pd.DataFrame, args: Args, steps: list[CleaningStep], *, first_row: int = 0, every_step: bool = False
+) -> pd.DataFrame:
+    """Rows that have user, item and time; refuses others unless told to drop them.
+
+    Args:
+        events: The file's rows, or a piece of them.
+        args: The mapping.
+        steps: Gets what was dropped.
+        first_row: Place of the piece in its file.
+        every_step: Also notes that nothing was dropped, so that the steps of pieces add up.
+    """
     from metarec_gym.data import CleaningStep
 
     for option in ("user", "item", "time"):
@@ -318,22 +366,31 @@ def _complete_rows(events: pd.DataFrame, args: Args, steps: list[CleaningStep]) 
         if count and not args.drop_incomplete:
             raise ValueError(
                 f"{count} of {len(events)} rows have no {option} (column {getattr(args, option)!r}, first: row "
-                f"{int(missing.to_numpy().argmax())}); fill them in, or drop these rows with --drop-incomplete"
+                f"{first_row + int(missing.to_numpy().argmax())}); fill them in, or drop these rows with --drop-incomplete"
             )
+        before = len(events)
         if count:
-            before, events = len(events), events.loc[~missing.to_numpy()].reset_index(drop=True)
-            steps.append(CleaningStep(f"drop rows without {option}", before, len(events)))
-    if len(events) == 0:
-        raise ValueError(f"{args.path.name} has no rows left; check the file and the columns named")
+            events = events.loc[~missing.to_numpy()].reset_index(drop=True)
+        if count or every_step:
+            steps.append(CleaningStep(f"{INCOMPLETE} {option}", before, len(events)))
     return events
 
 
-def _mapped_rows(events: pd.DataFrame, args: Args, rules: list[OutcomeRule], steps: list[CleaningStep]) -> pd.DataFrame:
-    """Columns of a log: outcomes mapped, events of no outcome dropped, one row per user, item and session."""
+def mapped_columns(
+    events: pd.DataFrame, args: Args, rules: list[OutcomeRule], *, must_happen: bool = True
+) -> tuple[pd.DataFrame, NDArray[np.bool_]]:
+    """Columns of a log, one row an event, and whether it says that the item was shown; bool (n_rows,).
+
+    Args:
+        events: Complete rows.
+        args: The mapping.
+        rules: The outcomes.
+        must_happen: Refuse an event that no row has; False for a piece of a log.
+    """
     import numpy as np
     import pandas as pd
 
-    from metarec_gym.data import CleaningStep, id_strings, parse_times, sessions_by_gap
+    from metarec_gym.data import id_strings, parse_times
 
     frame = pd.DataFrame(
         {
@@ -343,7 +400,7 @@ def _mapped_rows(events: pd.DataFrame, args: Args, rules: list[OutcomeRule], ste
         }
     )
     for rule in rules:
-        frame[rule.name] = _outcome_values(events, rule)
+        frame[rule.name] = _outcome_values(events, rule, must_happen)
     for option in ("propensity", "position", "strategy"):
         if getattr(args, option) is not None:
             frame[option] = events[getattr(args, option)].to_numpy()
@@ -351,12 +408,22 @@ def _mapped_rows(events: pd.DataFrame, args: Args, rules: list[OutcomeRule], ste
         frame["session_id"] = id_strings(events[args.session], args.session).to_numpy()
     shown = np.zeros(len(frame), dtype=bool)
     if args.shown is not None:
-        column, colon, value = _event_parts(args.shown, [str(name) for name in events.columns])
-        if not colon:
-            raise ValueError(
-                f"--shown {args.shown!r} is not COLUMN:VALUE of a column of the file; write e.g. --shown event:view"
-            )
-        shown = _outcome_values(events, OutcomeRule("shown", "event", column, "", value)) > 0
+        shown = _outcome_values(events, shown_rule(args, [str(name) for name in events.columns]), must_happen) > 0
+    return frame, shown
+
+
+def merged_events(
+    frame: pd.DataFrame,
+    shown: NDArray[np.bool_],
+    args: Args,
+    rules: list[OutcomeRule],
+    steps: list[CleaningStep],
+) -> pd.DataFrame:
+    """All events of some users -> events of no outcome dropped, one row per user, item and session."""
+    import numpy as np
+    import pandas as pd
+
+    from metarec_gym.data import CleaningStep, sessions_by_gap
 
     order = np.lexsort((frame["timestamp"].to_numpy(), pd.factorize(frame["user_id"], sort=True)[0]))
     frame, shown = frame.iloc[order].reset_index(drop=True), shown[order]
@@ -383,7 +450,17 @@ def _mapped_rows(events: pd.DataFrame, args: Args, rules: list[OutcomeRule], ste
     return frame
 
 
-def _outcome_values(events: pd.DataFrame, rule: OutcomeRule) -> NDArray[np.float64]:
+def shown_rule(args: Args, columns: list[str]) -> OutcomeRule:
+    """`--shown`, understood."""
+    column, colon, value = _event_parts(args.shown or "", columns)
+    if not colon:
+        raise ValueError(
+            f"--shown {args.shown!r} is not COLUMN:VALUE of a column of the file; write e.g. --shown event:view"
+        )
+    return OutcomeRule("shown", "event", column, "", value)
+
+
+def _outcome_values(events: pd.DataFrame, rule: OutcomeRule, must_happen: bool = True) -> NDArray[np.float64]:
     """The outcome of each row: (n_rows,) in [0, 1]; an empty field means that it did not happen."""
     import numpy as np
     import pandas as pd
@@ -394,7 +471,7 @@ def _outcome_values(events: pd.DataFrame, rule: OutcomeRule) -> NDArray[np.float
     if rule.kind == "event":
         texts = column.astype(str).str.strip()
         happened = ((texts == rule.value) & column.notna()).to_numpy(dtype=bool)
-        if not happened.any():
+        if must_happen and not happened.any():
             seen = texts[column.notna()].value_counts()
             values = ", ".join(f"{value!r} ({count:,})" for value, count in seen.head(8).items())
             raise ValueError(
@@ -432,7 +509,7 @@ def _outcome_values(events: pd.DataFrame, rule: OutcomeRule) -> NDArray[np.float
     return np.asarray(np.nan_to_num(numbers, nan=0.0), dtype=np.float64)
 
 
-def _item_table(args: Args) -> pd.DataFrame:
+def item_table(args: Args) -> pd.DataFrame:
     """item_id, title, categories and release_time from the item file."""
     import pandas as pd
 
@@ -474,12 +551,18 @@ def _item_table(args: Args) -> pd.DataFrame:
 
 def _pseudonymised(log: InteractionLog, key_path: Path, out: Path) -> InteractionLog:
     """The log with pseudonyms under the key at `key_path`, which is made if it is not there."""
-    from metarec_gym.data import pseudonymise, read_key, write_key
+    from metarec_gym.data import pseudonymise
+
+    return pseudonymise(log, pseudonym_key(key_path, out))
+
+
+def pseudonym_key(key_path: Path, out: Path) -> bytes:
+    """The key at `key_path`, which is made if it is not there; refuses one inside the data."""
+    from metarec_gym.data import read_key, write_key
 
     if key_path.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"the key {key_path} would lie inside the data in {out}; name a file outside")
-    key = read_key(key_path) if key_path.is_file() else write_key(key_path, data_folder=out)
-    return pseudonymise(log, key)
+    return read_key(key_path) if key_path.is_file() else write_key(key_path, data_folder=out)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -163,7 +164,7 @@ def encode(
         place = frame["position"].to_numpy(dtype=np.int64)[order]
         # some logs count the first place as 1
         position = torch.from_numpy(place - place.min())
-    text, category, category_names, release = _item_columns(log, item_ids)
+    text, category, category_names, release = item_columns(log.items, item_ids)
     return Dataset(
         name=log.name,
         outcomes=log.outcomes,
@@ -186,14 +187,14 @@ def encode(
     )
 
 
-def _item_columns(
-    log: InteractionLog, item_ids: NDArray[Any]
+def item_columns(
+    items: pd.DataFrame | None, item_ids: NDArray[Any]
 ) -> tuple[tuple[str, ...], NDArray[np.float32], tuple[str, ...], NDArray[np.float64]]:
     """Text, multi-hot categories, category names and release time of the items, in the order of `item_ids`."""
     release = np.full(len(item_ids), np.nan)
-    if log.items is None:
+    if items is None:
         return ("",) * len(item_ids), np.zeros((len(item_ids), 0), dtype=np.float32), (), release
-    table = log.items.set_index("item_id").reindex(item_ids)
+    table = items.set_index("item_id").reindex(item_ids)
     blank = [""] * len(item_ids)
     titles = table["title"].fillna("").astype(str).tolist() if "title" in table.columns else blank
     joined = table["categories"].fillna("").astype(str).tolist() if "categories" in table.columns else blank

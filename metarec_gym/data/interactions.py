@@ -17,7 +17,7 @@ from metarec_gym.data.storage import content_hash, read_tables, write_tables
 
 KEY_COLUMNS = ("user_id", "item_id", "timestamp")
 OPTIONAL_COLUMNS = ("session_id", "propensity", "position", "strategy")
-_LOG_KIND = "interaction log"
+LOG_KIND = "interaction log"
 _KNOWN_LOGS = ("movielens_100k", "movielens_1m", "deskdrop")
 
 
@@ -92,48 +92,22 @@ class InteractionLog:
         """
         outcomes = _checked_outcomes(outcomes)
         weights = _checked_weights(outcomes, outcome_weights)
-        clean = _typed_columns(frame, outcomes)
-        steps = list(cleaning)
-
-        before = len(clean)
-        clean = clean.drop_duplicates(ignore_index=True)
-        steps.append(CleaningStep("drop rows that repeat another row in every column", before, len(clean)))
-
+        clean, steps = clean_rows(frame, outcomes)
+        steps = [*cleaning, *steps]
         gate = clean[outcomes[0]].to_numpy()
-        if len(outcomes) > 1:
-            ungated = (gate == 0) & (clean[list(outcomes[1:])].to_numpy() > 0).any(axis=1)
-            clean[outcomes[0]] = np.where(ungated, np.float32(1.0), gate)
-            rule = f"an outcome without its gate sets the gate ({outcomes[0]} = 1)"
-            steps.append(CleaningStep(rule, len(clean), len(clean), f"{int(ungated.sum())} rows changed"))
-
-        clean = sorted_rows(clean)
-        gate = clean[outcomes[0]].to_numpy()
-        if len(clean) and not (gate > 0).any():
-            raise ValueError(
-                f"the gate outcome {outcomes[0]!r} never happens in {len(clean)} rows; "
-                "put the outcome that says the user took the item first, or check its mapping"
-            )
+        check_gate(outcomes[0], len(clean), int((gate > 0).sum()))
         if merge_repeats and bool((gate > 0).all()):
-            before = len(clean)
-            clean = _merged_repeats(clean, outcomes)
-            rule = "merge a user's repeated events with one item into the first (outcomes: the largest)"
-            steps.append(CleaningStep(rule, before, len(clean)))
-
-        if len(clean) == 0:
-            raise ValueError(f"log {name!r} has no rows after cleaning; check the input file and the column mapping")
-        n_users = int(clean["user_id"].nunique())
-        if n_users < 2:
-            raise ValueError(
-                f"log {name!r} has one user only ({clean['user_id'].iloc[0]!r}); "
-                "at least two are needed, check which column holds the user id"
-            )
+            clean, step = merged_repeats(clean, outcomes)
+            steps.append(step)
+        users_left = clean["user_id"].unique()
+        check_size(name, len(clean), len(users_left), str(users_left[0]) if len(users_left) else "")
         log = cls(
             name=name,
             frame=clean,
             outcomes=outcomes,
             outcome_weights=weights,
-            items=_checked_table(items, "item_id", "item"),
-            users=_checked_table(users, "user_id", "user"),
+            items=checked_table(items, "item_id", "item"),
+            users=checked_table(users, "user_id", "user"),
             card=dict(card or {}),
             cleaning=tuple(steps),
         )
@@ -156,15 +130,14 @@ class InteractionLog:
 
     def counts(self) -> dict[str, Any]:
         """Rows, users, items and first and last day, as the card states them."""
-        days = pd.to_datetime(self.frame["timestamp"].agg(["min", "max"]), unit="s", errors="coerce")
-        return {
-            "rows": len(self.frame),
-            "users": int(self.frame["user_id"].nunique()),
-            "items": int(self.frame["item_id"].nunique()),
-            "first_day": "" if pd.isna(days["min"]) else days["min"].date().isoformat(),
-            "last_day": "" if pd.isna(days["max"]) else days["max"].date().isoformat(),
-            "outcome_rates": {o: round(float(self.frame[o].astype("float64").mean()), 6) for o in self.outcomes},
-        }
+        frame = self.frame
+        return log_counts(
+            len(frame),
+            int(frame["user_id"].nunique()),
+            int(frame["item_id"].nunique()),
+            (float(frame["timestamp"].min()), float(frame["timestamp"].max())),
+            {o: float(frame[o].astype("float64").sum()) for o in self.outcomes},
+        )
 
     def report(self) -> str:
         """What cleaning did and what is left, one line each."""
@@ -184,15 +157,9 @@ class InteractionLog:
     def save(self, folder: Path) -> None:
         """Writes interactions.parquet, items.parquet, users.parquet and, last, log.json; leaves other files alone."""
         tables = {"interactions": self.frame, "items": self.items, "users": self.users}
-        description = {
-            "kind": _LOG_KIND,
-            "name": self.name,
-            "hash": self.hash,
-            "outcomes": list(self.outcomes),
-            "outcome_weights": list(self.outcome_weights),
-            "card": self.card,
-            "cleaning": [asdict(step) for step in self.cleaning],
-        }
+        description = log_description(
+            self.name, self.hash, self.outcomes, self.outcome_weights, self.card, self.cleaning
+        )
         write_tables(Path(folder), tables, description)
 
     @classmethod
@@ -206,7 +173,7 @@ class InteractionLog:
         folder = Path(folder)
         command = prepare_command(folder)
         tables, description = read_tables(
-            folder, ("interactions", "items", "users"), kind=_LOG_KIND, prepare_command=command
+            folder, ("interactions", "items", "users"), kind=LOG_KIND, prepare_command=command
         )
         frame = tables["interactions"]
         damaged = f"the prepared log in {folder} is damaged"
@@ -232,6 +199,83 @@ class InteractionLog:
                 f"prepare it again: {command}"
             )
         return log
+
+
+def log_description(
+    name: str,
+    content: str,
+    outcomes: Sequence[str],
+    weights: Sequence[float],
+    card: Mapping[str, Any],
+    cleaning: Sequence[CleaningStep],
+) -> dict[str, Any]:
+    """What `log.json` says of a log whose content has the hash `content`."""
+    return {
+        "kind": LOG_KIND,
+        "name": name,
+        "hash": content,
+        "outcomes": list(outcomes),
+        "outcome_weights": list(weights),
+        "card": dict(card),
+        "cleaning": [asdict(step) for step in cleaning],
+    }
+
+
+def log_counts(
+    rows: int, users: int, items: int, span_s: tuple[float, float], sums: Mapping[str, float]
+) -> dict[str, Any]:
+    """Counts of a log as its card states them.
+
+    Args:
+        rows: Rows.
+        users: Different users.
+        items: Different items.
+        span_s: First and last time, unix seconds.
+        sums: Sum of each outcome.
+    """
+    days = ["" if pd.isna(day) else day.date().isoformat() for day in pd.to_datetime(span_s, unit="s", errors="coerce")]
+    return {
+        "rows": rows,
+        "users": users,
+        "items": items,
+        "first_day": days[0],
+        "last_day": days[1],
+        "outcome_rates": {o: round(total / max(rows, 1), 6) for o, total in sums.items()},
+    }
+
+
+def clean_rows(frame: pd.DataFrame, outcomes: tuple[str, ...]) -> tuple[pd.DataFrame, list[CleaningStep]]:
+    """Checked and typed rows of whole users, sorted, without repeats, and what was done; see `InteractionLog.from_frame`."""
+    clean, steps = _typed_columns(frame, outcomes), []
+    before = len(clean)
+    clean = clean.drop_duplicates(ignore_index=True)
+    steps.append(CleaningStep("drop rows that repeat another row in every column", before, len(clean)))
+    gate = clean[outcomes[0]].to_numpy()
+    if len(outcomes) > 1:
+        ungated = (gate == 0) & (clean[list(outcomes[1:])].to_numpy() > 0).any(axis=1)
+        clean[outcomes[0]] = np.where(ungated, np.float32(1.0), gate)
+        rule = f"an outcome without its gate sets the gate ({outcomes[0]} = 1)"
+        steps.append(CleaningStep(rule, len(clean), len(clean), f"{int(ungated.sum())} rows changed"))
+    return sorted_rows(clean), steps
+
+
+def check_gate(gate: str, rows: int, happened: int) -> None:
+    """Refuses a log whose gate outcome never happens."""
+    if rows and not happened:
+        raise ValueError(
+            f"the gate outcome {gate!r} never happens in {rows} rows; "
+            "put the outcome that says the user took the item first, or check its mapping"
+        )
+
+
+def check_size(name: str, rows: int, users: int, only: str = "") -> None:
+    """Refuses a log without rows, or of one user, `only`."""
+    if rows == 0:
+        raise ValueError(f"log {name!r} has no rows after cleaning; check the input file and the column mapping")
+    if users < 2:
+        raise ValueError(
+            f"log {name!r} has one user only ({only!r}); at least two are needed, check which column holds the user id"
+        )
 
 
 def prepare_command(folder: Path) -> str:
@@ -266,7 +310,7 @@ def id_strings(column: pd.Series[Any], what: str) -> pd.Series[Any]:
     return texts.astype(str)
 
 
-_TIME_UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+TIME_UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 # unix seconds from March 1973 to May 2255: the ranges of the four units do not meet
 _SECONDS_LOW, _SECONDS_HIGH = 1e8, 9e9
 
@@ -285,8 +329,8 @@ def parse_times(column: pd.Series[Any], *, unit: str | None = None, what: str = 
     Raises:
         ValueError: A time is missing, cannot be read, or its unit is ambiguous.
     """
-    if unit is not None and unit not in _TIME_UNITS:
-        raise ValueError(f"time unit {unit!r} is not known; expected one of {', '.join(_TIME_UNITS)}")
+    if unit is not None and unit not in TIME_UNITS:
+        raise ValueError(f"time unit {unit!r} is not known; expected one of {', '.join(TIME_UNITS)}")
     if column.isna().any():
         first = int(np.argmax(column.isna().to_numpy()))
         raise ValueError(
@@ -301,7 +345,7 @@ def parse_times(column: pd.Series[Any], *, unit: str | None = None, what: str = 
         unreadable = ~np.isfinite(numbers)
         if unreadable.any():
             raise ValueError(_unreadable_times(column, unreadable, what, "a number like the other rows"))
-        return numbers / (_TIME_UNITS[unit] if unit else _guessed_unit(numbers, what))
+        return numbers / (TIME_UNITS[unit] if unit else guessed_unit(numbers, what))
     times = pd.to_datetime(column.astype(str), format="ISO8601", utc=True, errors="coerce")
     unreadable = times.isna().to_numpy()
     if unreadable.any():
@@ -324,9 +368,10 @@ def _unreadable_times(column: pd.Series[Any], unreadable: NDArray[np.bool_], wha
     )
 
 
-def _guessed_unit(numbers: NDArray[np.float64], what: str) -> float:
+def guessed_unit(numbers: NDArray[np.float64], what: str) -> float:
+    """What numeric times are to be divided by to be unix seconds; refuses ranges that fit no unit or two."""
     low, high = float(numbers.min()), float(numbers.max())
-    for per_second in _TIME_UNITS.values():
+    for per_second in TIME_UNITS.values():
         if _SECONDS_LOW * per_second <= low and high <= _SECONDS_HIGH * per_second:
             return per_second
     raise ValueError(
@@ -424,18 +469,19 @@ def sorted_rows(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.iloc[order].reset_index(drop=True)
 
 
-def _merged_repeats(frame: pd.DataFrame, outcomes: tuple[str, ...]) -> pd.DataFrame:
-    """First row of each (user, item) of sorted rows, with the largest value of each outcome."""
+def merged_repeats(frame: pd.DataFrame, outcomes: tuple[str, ...]) -> tuple[pd.DataFrame, CleaningStep]:
+    """First row of each (user, item) of sorted rows, with the largest value of each outcome; and the step that this was."""
     groups = frame.groupby(["user_id", "item_id"], sort=False)
     largest = groups[list(outcomes)].transform("max")
     first = (groups.cumcount() == 0).to_numpy()
     merged = frame.loc[first].reset_index(drop=True)
     for name in outcomes:
         merged[name] = largest.loc[first, name].to_numpy(dtype=np.float32)
-    return merged
+    rule = "merge a user's repeated events with one item into the first (outcomes: the largest)"
+    return merged, CleaningStep(rule, len(frame), len(merged))
 
 
-def _checked_table(table: pd.DataFrame | None, id_column: str, what: str) -> pd.DataFrame | None:
+def checked_table(table: pd.DataFrame | None, id_column: str, what: str) -> pd.DataFrame | None:
     """An item or user table with string ids, sorted by them."""
     if table is None:
         return None

@@ -55,16 +55,20 @@ def content_hash(tables: Mapping[str, pd.DataFrame | None], settings: Mapping[st
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for table_name in sorted(tables):
-        table = tables[table_name]
-        if table is None:
-            continue
-        digest.update(f"\x1etable {table_name} {len(table)}".encode())
-        for column in sorted(map(str, table.columns)):
-            digest.update(f"\x1fcolumn {column}\x1f".encode())
-            for part in _column_bytes(table[column]):
-                digest.update(len(part).to_bytes(8, "little"))
-                digest.update(part)
+        hash_table(digest, table_name, tables[table_name])
     return digest.hexdigest()[:16]
+
+
+def hash_table(digest: hashlib._Hash, name: str, table: pd.DataFrame | None) -> None:
+    """Adds one table to a content hash; None adds nothing."""
+    if table is None:
+        return
+    digest.update(f"\x1etable {name} {len(table)}".encode())
+    for column in sorted(map(str, table.columns)):
+        digest.update(f"\x1fcolumn {column}\x1f".encode())
+        for part in _column_bytes(table[column]):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
 
 
 def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame | None], description: Mapping[str, Any]) -> None:
@@ -78,16 +82,32 @@ def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame | None], descri
     folder.mkdir(parents=True, exist_ok=True)
     # the old description goes first: a crash from here on leaves a folder to prepare again, not a mixture of two logs
     (folder / LOG_FILE).unlink(missing_ok=True)
-    checksums: dict[str, str] = {}
+    files: dict[str, Path | None] = {}
     for name, table in tables.items():
+        files[name] = None
+        if table is not None:
+            files[name] = folder / f"{name}.parquet.partial"
+            table.to_parquet(files[name], index=False)
+    install_tables(folder, files, description)
+
+
+def install_tables(folder: Path, files: Mapping[str, Path | None], description: Mapping[str, Any]) -> None:
+    """Moves finished Parquet files to their places in `folder` and writes `log.json` last.
+
+    Args:
+        folder: Where the log will lie.
+        files: Files by the table's name, on the same file system as `folder`; None removes the file of an earlier log.
+        description: As for `write_tables`.
+    """
+    (folder / LOG_FILE).unlink(missing_ok=True)
+    checksums: dict[str, str] = {}
+    for name, file in files.items():
         path = folder / f"{name}.parquet"
-        if table is None:
+        if file is None:
             path.unlink(missing_ok=True)
             continue
-        partial = path.with_name(path.name + ".partial")
-        table.to_parquet(partial, index=False)
-        checksums[path.name] = file_sha256(partial)
-        os.replace(partial, path)
+        checksums[path.name] = file_sha256(file)
+        os.replace(file, path)
     partial = folder / f"{LOG_FILE}.partial"
     whole = {"schema": LOG_SCHEMA, **description, "files": checksums}
     partial.write_text(json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
@@ -112,6 +132,37 @@ def read_tables(
         FileNotFoundError: There is no log in `folder`.
         ValueError: The log is damaged, of a newer schema, or of another kind.
     """
+    description = read_description(folder, kind=kind, prepare_command=prepare_command)
+    damaged = f"the prepared log in {folder} is damaged"
+    tables: dict[str, pd.DataFrame | None] = dict.fromkeys(names)
+    for name in names:
+        file_name = f"{name}.parquet"
+        expected = description["files"].get(file_name)
+        if expected is None:
+            continue
+        file = folder / file_name
+        if not file.is_file():
+            raise ValueError(f"{damaged}: {file_name} is missing; prepare it again: {prepare_command}")
+        if file_sha256(file) != expected:
+            raise ValueError(
+                f"{damaged}: {file_name} is not the file that was written; prepare it again: {prepare_command}"
+            )
+        tables[name] = pd.read_parquet(file)
+    return tables, description
+
+
+def read_description(folder: Path, *, kind: str, prepare_command: str) -> dict[str, Any]:
+    """The content of `log.json`, as `read_tables` checks it; the tables' files are not looked at.
+
+    Args:
+        folder: Where the log lies.
+        kind: What it must call itself.
+        prepare_command: Command named in the error sentences.
+
+    Raises:
+        FileNotFoundError: There is no log in `folder`.
+        ValueError: The log is damaged, of a newer schema, or of another kind.
+    """
     path = folder / LOG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"no prepared log in {folder} ({LOG_FILE} is missing); prepare it: {prepare_command}")
@@ -131,18 +182,4 @@ def read_tables(
         raise ValueError(
             f"expected {kind} in {folder} and found {description.get('kind')!r}; name the folder of another log"
         )
-    tables: dict[str, pd.DataFrame | None] = dict.fromkeys(names)
-    for name in names:
-        file_name = f"{name}.parquet"
-        expected = description["files"].get(file_name)
-        if expected is None:
-            continue
-        file = folder / file_name
-        if not file.is_file():
-            raise ValueError(f"{damaged}: {file_name} is missing; prepare it again: {prepare_command}")
-        if file_sha256(file) != expected:
-            raise ValueError(
-                f"{damaged}: {file_name} is not the file that was written; prepare it again: {prepare_command}"
-            )
-        tables[name] = pd.read_parquet(file)
-    return tables, description
+    return description

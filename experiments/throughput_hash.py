@@ -1,0 +1,116 @@
+"""One fixed trajectory, played in every way that must not change it: equal hashes mean that no speed was bought with another MDP.
+
+Row i of a batch seeded s meets the same user with the same luck as row 0 of a batch seeded s + i. So the first rows of a larger
+batch, the halves of two batches, and one row alone must all give the same bits on CPU; on CUDA, output as arrays or tensors must.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+
+from metarec_gym.envs.vector_env import MetaRecVectorEnv
+from metarec_gym.world import World
+
+STEPS = 50
+SEED = 7
+
+
+def played(
+    world: World, device: str, *, first: int, rows: int, batch: int, output: str, steps: int = STEPS
+) -> list[Any]:
+    """Observations, rewards and endings of `rows` rows from row `first` on, played in a batch of `batch` rows.
+
+    Returns:
+        For each step arrays (rows, obs_dim), (rows,), (rows,) and (rows,).
+    """
+    env = MetaRecVectorEnv(batch, world=world, device=device, output=output, autoreset_mode="SameStep")  # type: ignore[arg-type]
+    obs, _ = env.reset(seed=SEED + first)
+    row = torch.arange(first, first + batch)
+    found = [(_array(obs)[:rows],)]
+    for t in range(steps):
+        action = (row * 7 + t * 3 + row * t) % world.n_strategies
+        given = action.numpy() if output == "numpy" else action.to(device)
+        found.append(tuple(_array(value)[:rows] for value in env.step(given)[:4]))
+    return found
+
+
+def _array(value: Any) -> Any:
+    # copies: an environment that hands out its own buffers would otherwise rewrite what was played
+    return np.array(value.cpu().numpy() if isinstance(value, torch.Tensor) else value)
+
+
+def digest(parts: list[list[Any]]) -> str:
+    """Hash of a trajectory whose rows were played in parts, in their order; 16 hexadecimal digits."""
+    whole = hashlib.sha256()
+    for step in zip(*parts, strict=True):
+        for pieces in zip(*step, strict=True):
+            whole.update(np.ascontiguousarray(np.concatenate(pieces)).tobytes())
+    return whole.hexdigest()[:16]
+
+
+def hashes(world: World, device: str, *, rows: int = 16, steps: int = STEPS, processes: bool = True) -> dict[str, Any]:
+    """Hash of the trajectory by the way it was played.
+
+    Args:
+        world: The world.
+        device: Where to play; on CUDA also the CPU's, and how far the two are apart.
+        rows: Rows of the trajectory; even.
+        steps: Requests of the trajectory.
+        processes: Also plays the halves in two processes.
+
+    Returns:
+        `ways` (hash by way), `equal` (whether all that must agree do), on CUDA `cpu` and `reward_agreement`.
+    """
+    half, was = rows // 2, torch.get_num_threads()
+
+    def plain(output: str = "torch", batch: int = rows, on: str = device) -> list[Any]:
+        return played(world, on, first=0, rows=rows, batch=batch, output=output, steps=steps)
+
+    base = plain()
+    ways = {"tensors": digest([base]), "arrays": digest([plain("numpy")])}
+    if device.startswith("cuda"):
+        on_cpu = plain(on="cpu")
+        same = np.mean([np.mean(a[1] == b[1]) for a, b in zip(base[1:], on_cpu[1:], strict=True)])
+        # matrix kernels of a GPU round by batch size, so only equal shapes must agree
+        return {"ways": ways, "equal": len(set(ways.values())) == 1, "cpu": digest([on_cpu]),
+                "reward_agreement": float(same)}  # fmt: skip
+    ways[f"batch of {5 * rows}"] = digest([plain(batch=5 * rows)])
+    ways["two batches"] = digest(
+        [played(world, device, first=f, rows=half, batch=half, output="torch", steps=steps) for f in (0, half)]
+    )
+    ways["one row at a time"] = digest(
+        [played(world, device, first=f, rows=1, batch=1, output="torch", steps=steps) for f in range(rows)]
+    )
+    try:
+        torch.set_num_threads(2)
+        ways["2 threads"] = digest([plain()])
+    finally:
+        torch.set_num_threads(was)
+    if processes:
+        ways["2 processes"] = _in_processes(world, rows, steps)
+    return {"ways": ways, "equal": len(set(ways.values())) == 1}
+
+
+def _half(world: World, first: int, rows: int, steps: int, answers: Any) -> None:
+    torch.set_num_threads(1)
+    answers.put((first, played(world, "cpu", first=first, rows=rows, batch=rows, output="torch", steps=steps)))
+
+
+def _in_processes(world: World, rows: int, steps: int) -> str:
+    """The halves of the rows in two processes at once."""
+    import multiprocessing
+
+    # spawned: a forked torch whose threads have worked can hang
+    context = multiprocessing.get_context("spawn")
+    answers, half = context.SimpleQueue(), rows // 2
+    workers = [context.Process(target=_half, args=(world, f, half, steps, answers), daemon=True) for f in (0, half)]
+    for worker in workers:
+        worker.start()
+    found = dict(answers.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+    return digest([found[0], found[half]])
