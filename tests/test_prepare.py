@@ -551,17 +551,16 @@ def test_deskdrop_events_become_outcomes_with_the_weights_of_its_card(
     assert dict(zip(log.outcomes, log.outcome_weights, strict=True)) == {
         "view": 1.0,
         "like": 2.0,
-        "bookmark": 2.5,
-        "follow": 3.0,
-        "comment": 4.0,
+        "respond": 4.0,
     }
     # the comment of a later session joins the first row of its article; following without a view sets the gate
     assert rows_of(log) == [
-        ("-8", "-11", 1.0, 1.0, 0.0, 0.0, 0.0),
-        ("-8", "22", 1.0, 0.0, 0.0, 0.0, 1.0),
-        ("9", "33", 1.0, 0.0, 1.0, 1.0, 0.0),
-        ("9", "44", 1.0, 0.0, 0.0, 0.0, 0.0),
+        ("-8", "-11", 1.0, 1.0, 0.0),
+        ("-8", "22", 1.0, 0.0, 1.0),
+        ("9", "33", 1.0, 0.0, 1.0),
+        ("9", "44", 1.0, 0.0, 0.0),
     ]
+    assert log.card["outcome_rates"] == {"view": 1.0, "like": 0.25, "respond": 0.5}
     assert log.frame["session_id"].tolist() == ["100", "100", "300", "300"]
     assert set(log.card["outcomes"]) == set(log.outcomes)
     shown = capsys.readouterr()
@@ -586,6 +585,11 @@ def test_deskdrop_outcomes_can_be_fewer_and_start_with_the_view(tiny_deskdrop: d
     log = InteractionLog.load(tiny_deskdrop.out)
     # what was only followed and bookmarked counts for nothing here
     assert rows_of(log) == [("-8", "-11", 1.0, 1.0), ("-8", "22", 1.0, 0.0), ("9", "44", 1.0, 0.0)]
+    apart = replace(tiny_deskdrop, outcomes=("view", "bookmark", "follow", "comment"))
+    deskdrop.main(apart)
+    log = InteractionLog.load(tiny_deskdrop.out)
+    assert log.outcome_weights == (1.0, 2.5, 3.0, 4.0)
+    assert rows_of(log)[-2:] == [("9", "33", 1.0, 1.0, 1.0, 0.0), ("9", "44", 1.0, 0.0, 0.0, 0.0)]
     with pytest.raises(ValueError, match="the outcomes are like; expected view first"):
         deskdrop.main(replace(tiny_deskdrop, outcomes=("like",)))
 
@@ -622,6 +626,8 @@ def test_deskdrop_keeps_its_users_items_and_sessions(
     events = pd.read_csv(file)
     liked = events.loc[events["eventType"] == "LIKE", ["personId", "contentId"]].drop_duplicates()
     assert log.frame["like"].sum() == len(liked)
+    parts = events["eventType"].isin(["BOOKMARK", "FOLLOW", "COMMENT CREATED"])
+    assert log.frame["respond"].sum() == len(events.loc[parts, ["personId", "contentId"]].drop_duplicates())
 
 
 def test_movietweetings_with_its_two_colons_and_no_header_becomes_a_log(real_logs: Path) -> None:

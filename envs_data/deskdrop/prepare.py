@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from metarec_gym.data import InteractionLog
 
 FOLDER = Path(__file__).resolve().parent
-RECIPE = "deskdrop-1"
+RECIPE = "deskdrop-2"
 PAGE = "https://www.kaggle.com/datasets/gspmoreira/articles-sharing-reading-from-cit-deskdrop"
 FILE_NAMES = ("users_interactions.csv", "users_interactions.csv.gz")
 ARTICLES_NAMES = ("shared_articles.csv", "shared_articles.csv.gz")
-OutcomeName = Literal["view", "like", "bookmark", "follow", "comment"]
+OutcomeName = Literal["view", "like", "respond", "bookmark", "follow", "comment"]
 EVENTS: dict[OutcomeName, tuple[str, float]] = {
     "view": ("VIEW", 1.0),
     "like": ("LIKE", 2.0),
@@ -33,6 +33,9 @@ EVENTS: dict[OutcomeName, tuple[str, float]] = {
     "comment": ("COMMENT CREATED", 4.0),
 }
 """eventType and weight of each outcome; the weights are the event strengths of the publisher's own notebook."""
+POOLED: dict[OutcomeName, tuple[tuple[OutcomeName, ...], float]] = {"respond": (("bookmark", "follow", "comment"), 4.0)}
+"""An outcome that happens when any of its parts does, and its weight: where any did, the weights of those that did sum to 4.04 on
+average, so a row's reward is on average what the parts would make it."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class Args:
     """users_interactions.csv (or .csv.gz), all columns or fewer; looked for in METAREC_DATA_DIR if not given."""
     articles: Path | None = None
     """shared_articles.csv, for titles, languages and times of sharing; looked for beside --file if not given."""
-    outcomes: tuple[OutcomeName, ...] = ("view", "like", "bookmark", "follow", "comment")
-    """What counts as an outcome; view, the gate, comes first."""
+    outcomes: tuple[OutcomeName, ...] = ("view", "like", "respond")
+    """What counts as an outcome; view, the gate, comes first. respond: a bookmark, a follow or a comment; each alone has too few
+    users for a judge, so naming them gives outcomes that the validity report will not vouch for."""
     out: Path = FOLDER
     """Where the prepared log goes."""
     force: bool = False
@@ -56,7 +60,7 @@ def main(args: Args) -> None:
     file = interactions_file(args.file)
     articles = args.articles or _first_file([file.parent / name for name in ARTICLES_NAMES])
     mapping = own_log_args(replace(args, file=file, articles=articles))
-    recipe = {"deskdrop": RECIPE, **own_log.recipe_of(mapping)}
+    recipe = {"deskdrop": RECIPE, "outcomes": list(args.outcomes), **own_log.recipe_of(mapping)}
     done = None if args.force else prepared(args.out, recipe)
     if done is not None:
         card = done["card"]
@@ -64,7 +68,7 @@ def main(args: Args) -> None:
         print(f"deskdrop is prepared in {args.out}: {counts}, hash {done['hash']}")
         return
     print(f"source: {file}" + (f" and {articles}" if articles else ", without titles (no shared_articles.csv)"))
-    log = to_log(mapping)
+    log = to_log(mapping, args.outcomes)
     log.card["recipe"] = recipe
     log.save(args.out)
     print(f"deskdrop -> {args.out}, hash {log.hash}\n{log.report()}")
@@ -100,10 +104,12 @@ def own_log_args(args: Args) -> own_log.Args:
     if args.outcomes[:1] != ("view",) or len(set(args.outcomes)) < len(args.outcomes):
         raise ValueError(
             f"the outcomes are {' '.join(args.outcomes) or 'none'}; expected view first and each once, "
-            "e.g. --outcomes view like bookmark"
+            "e.g. --outcomes view like respond"
         )
     if args.file is None:
         raise ValueError("no file of Deskdrop's events is given; name it with --file")
+    # what is pooled is mapped by its parts
+    parts = dict.fromkeys(part for name in args.outcomes for part in (POOLED[name][0] if name in POOLED else (name,)))
     return own_log.Args(
         path=args.file,
         user="personId",
@@ -111,21 +117,22 @@ def own_log_args(args: Args) -> own_log.Args:
         time="timestamp",
         session="sessionId",
         time_unit="s",
-        outcome=tuple(f"{name}=eventType:{EVENTS[name][0]}" for name in args.outcomes),
-        weight=tuple(f"{name}={EVENTS[name][1]:g}" for name in args.outcomes),
+        outcome=tuple(f"{name}=eventType:{EVENTS[name][0]}" for name in parts),
+        weight=tuple(f"{name}={EVENTS[name][1]:g}" for name in parts),
         items=args.articles,
         name="deskdrop",
         out=args.out,
     )
 
 
-def to_log(mapping: own_log.Args) -> InteractionLog:
-    """The log, with Deskdrop's card.
+def to_log(mapping: own_log.Args, outcomes: tuple[OutcomeName, ...]) -> InteractionLog:
+    """The log of `outcomes`, with Deskdrop's card.
 
     Raises:
         ValueError: The file is not what Deskdrop's events look like; the sentence says why.
     """
     log = own_log.prepare(mapping, items=None if mapping.items is None else article_table(mapping.items))
+    log = _pooled(log, outcomes)
     card = json.loads((FOLDER / "card.json").read_text(encoding="utf-8"))
     card["outcomes"] = {name: card["outcomes"][name] for name in log.outcomes}
     found = {"events": log.cleaning[0].rows_before, "users": log.card["users"], "items": log.card["items"]}
@@ -136,6 +143,25 @@ def to_log(mapping: own_log.Args) -> InteractionLog:
         wanted = ", ".join(f"{count:,} {fact}" for fact, count in expected.items())
         print(f"note: the file has {words}; Deskdrop as published has {wanted}", file=sys.stderr)
     return replace(log, card={**log.card, **card, "source_file": log.card["source"], "source": card["source"]})
+
+
+def _pooled(log: InteractionLog, outcomes: tuple[OutcomeName, ...]) -> InteractionLog:
+    """The log with `outcomes` alone: pooled ones made from their parts, parts that were not asked for dropped."""
+    frame = log.frame.copy()
+    for name in outcomes:
+        if name in POOLED:
+            frame[name] = frame[list(POOLED[name][0])].max(axis=1)
+    before = [name for name in log.outcomes if name not in outcomes]
+    others = [column for column in frame.columns if column not in (*log.outcomes, *POOLED)]
+    weights = tuple(POOLED[name][1] if name in POOLED else EVENTS[name][1] for name in outcomes)
+    rates = {name: round(float(frame[name].mean()), 6) for name in outcomes}
+    return replace(
+        log,
+        frame=frame.drop(columns=before)[[*others[:3], *outcomes, *others[3:]]],
+        outcomes=tuple(outcomes),
+        outcome_weights=weights,
+        card={**log.card, "outcome_rates": rates},
+    )
 
 
 def article_table(path: Path) -> pd.DataFrame:

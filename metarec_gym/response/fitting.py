@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +56,7 @@ from metarec_gym.response.model import (
     prefix_inputs,
     shown_logit,
 )
+from metarec_gym.response.stacking import Stack, fit_stack
 from metarec_gym.seeding import numpy_rng, stream, torch_generator
 
 if TYPE_CHECKING:
@@ -186,10 +187,14 @@ def fit_response(
         free = torch.ones(choices[outcome].phi.shape[2], dtype=torch.bool)
         # a rate of the user's own would need the items that were shown and not taken
         free[0] = not (fit.sampled and outcome == 0)
-        effects = fit_effects(choices[outcome], covariates[rows.users], free=free, rounds=config.effect_rounds)
-        parts.append(_calibrated(samples[outcome], effects, covariates, rows, outcome == 0 and not fit.sampled))
+        choice, sample, stack = choices[outcome], samples[outcome], None
+        if fit.rare(outcome):
+            choice, sample, stack = _stacked(sample, rows)
+        effects = fit_effects(choice, covariates[rows.users], free=free, rounds=config.effect_rounds)
+        parts.append(_calibrated(sample, effects, covariates, rows, outcome == 0 and not fit.sampled, stack))
         bar.tick()
     space, networks = fit.whole(epochs)
+    networks = fit.stacked(networks, space, [part.stack for part in parts])
     response = fit.levelled(_freeze(dataset, rows, space, networks, parts, covariates, fit.feature_names))
     metrics = fit.description(epochs)
     for outcome, name in enumerate(names):
@@ -251,6 +256,8 @@ def fit_variant(
             "the variant's item vectors are not those of its base judge; expected the same users, seed and settings but for "
             "the sampler: fit it with fit_response instead"
         )
+    stacks = [_Part.described(base_metrics["outcomes"][name]).stack for name in dataset.outcomes]
+    networks = fit.stacked(networks, space, stacks)
     tensors = dict(base.tensors) | _network_tensors(networks)
     tensors["calibration"] = base.tensors["calibration"][:1].expand(fit.members, -1, -1)
     response = fit.levelled(FrozenResponse(tensors, base.outcomes, base.feature_names))
@@ -343,6 +350,24 @@ class _Fit:
         """Names of phi."""
         categories = (f"category: {self.dataset.category_names[int(c)]}" for c in self.categories)
         return (*STATIC_FEATURES, *categories, *DYNAMIC_FEATURES)
+
+    def rare(self, outcome: int) -> bool:
+        """Whether a later outcome has too few positives for a network of its own to be trusted alone."""
+        positives = float(self.rows.outcome[self.rows.engaged, outcome].sum())
+        return outcome > 0 and positives < self.config.rare_positives_per_item * self.rows.n_items
+
+    def stacked(
+        self, networks: list[list[Network]], space: ItemSpace, stacks: list[Stack | None]
+    ) -> list[list[Network]]:
+        """Networks of (member, outcome), the rare outcomes' ones replaced by what their stacks make of them."""
+        levels = [None if s is None else outcome_level(self.rows, outcome) for outcome, s in enumerate(stacks)]
+        return [
+            [
+                network if stack is None or level is None else stack.network_of(network, space.log_density, level)
+                for network, stack, level in zip(own, stacks, levels, strict=True)
+            ]
+            for own in networks
+        ]
 
     def description(self, epochs: list[int]) -> dict[str, Any]:
         """The metrics' head."""
@@ -670,6 +695,8 @@ class _Part:
     shown: Tensor
     """float32 (MAX_SLATE,): effects of positions 1, 2, ... and of exposure, in logits."""
     notes: dict[str, Any]
+    stack: Stack | None = None
+    """How the score of a rare outcome is made; None = it is the network's."""
 
     @classmethod
     def described(cls, entry: Mapping[str, Any]) -> _Part:
@@ -688,6 +715,7 @@ class _Part:
             calibration["pair_sd"],
             torch.tensor(calibration["shown"]),
             dict(calibration["notes"]),
+            Stack(**calibration["stack"]) if calibration.get("stack") else None,
         )
 
 
@@ -711,6 +739,7 @@ def _describe(part: _Part, response: FrozenResponse, outcome: int) -> dict[str, 
             "pair_sd": part.pair_sd,
             "shown": part.shown.tolist(),
             "notes": part.notes,
+            **({} if part.stack is None else {"stack": part.stack.to_json()}),
         },
     }
 
@@ -725,10 +754,22 @@ def _prior_spread(sample: _Sample, part: _Part, covariates: Tensor) -> Spread:
     return spread.moved(shown_logit(part.shown, sample.position.flatten(), sample.exposure.flatten()))
 
 
-def _calibrated(sample: _Sample, effects: Effects, covariates: Tensor, rows: Rows, impressions: bool) -> _Part:
+def _stacked(sample: _Sample, rows: Rows) -> tuple[ChoiceData, _Sample, Stack]:
+    """A rare outcome's sample and choices with the stacked score in the place of the network's."""
+    user, target = torch.searchsorted(rows.users, sample.user), sample.target[:, 0]
+    stack = fit_stack(sample.score[:, 0, 0], sample.simple[:, 0], target, user)
+    score = stack.score(sample.score[..., 0], sample.simple)
+    choice = ChoiceData.answers(user, sample.phi[:, 0], score[:, 0], target, rows.n_users)
+    return choice, replace(sample, score=score[..., None]), stack
+
+
+def _calibrated(
+    sample: _Sample, effects: Effects, covariates: Tensor, rows: Rows, impressions: bool, stack: Stack | None
+) -> _Part:
     """Place, fatigue, pair effects (the gate of a log with impressions), then scale and shift of f.
 
-    At these, predictions for unknown users (coefficients integrated out) mean what they say.
+    At these, predictions for unknown users (coefficients integrated out) mean what they say. A stacked score has its scale
+    already: only the level is fitted, because a second slope from the same few positives is noise.
     """
     shown, notes, pair_sd = torch.zeros(MAX_SLATE), dict[str, Any](), 0.0
     if impressions:
@@ -741,6 +782,9 @@ def _calibrated(sample: _Sample, effects: Effects, covariates: Tensor, rows: Row
     part = _Part(effects, 1.0, 0.0, pair_sd, shown, notes)
     spread = _prior_spread(sample, part, covariates)
     score, target, weight = sample.score[..., 0].flatten(), sample.target.flatten(), sample.weight.flatten()
+    if stack is not None:
+        shift = solve_shift(score, spread, 1.0, weight, min(max(_mean(target, weight), 1e-6), 1.0 - 1e-6))
+        return _Part(effects, 1.0, shift, pair_sd, shown, notes, stack)
     scale, shift = fit_scale_and_shift(score, spread, target, weight)
     return _Part(effects, scale, shift, pair_sd, shown, notes)
 

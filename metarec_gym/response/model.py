@@ -105,6 +105,9 @@ class ResponseConfig:
     """Events added to every item's count before the logarithm."""
     trend_prior: float = 2.0
     """Events an average item's share in a period is smoothed with; infinity = no dated feature."""
+    rare_positives_per_item: float = 1.0
+    """A later outcome with fewer positives than this per item of the catalogue is rare: its network is stacked on the outcome's
+    popularity (`stacking`) before anything else is estimated, and it keeps its own scale. 0 = no outcome is."""
     base_rate: float | None = None
     """Probability that a user takes an unseen item drawn uniformly; None = the log's density. Unused with impressions."""
 
