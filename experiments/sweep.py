@@ -108,7 +108,7 @@ def trained(config: Mapping[str, Any], args: Args, agent: str, world: Path, seed
 
     asked = train.Args(
         world=world,
-        agent=agent,  # type: ignore[arg-type]
+        agent=agent,
         fold=args.fold,
         seed=seed,
         steps=args.steps,

@@ -75,7 +75,7 @@ _ALL = [
         "Deskdrop",
         "deskdrop",
         "Employees who read articles on an intranet and come back, several sessions an episode",
-        "views, likes, bookmarks, follows and comments are won, and users who come back within a week",
+        "views, likes and responses (bookmark, follow, comment) are won, and users who come back within a week",
         _DESKDROP,
     ),
     Scenario(
