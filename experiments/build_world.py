@@ -35,6 +35,9 @@ class Args:
     """Folder of the world."""
     seed: int = 0
     """Decides folds, fits and start states."""
+    users: int | None = None
+    """Builds from this many users of the log, drawn at random: the log is read row group by row group, but strategies and
+    judges are fitted in memory. The sample is kept as a log of its own in `<out>_log`; none given takes all users."""
     pool: tuple[str, ...] = ()
     """Strategies: names (popular, ease, ...), `production=scores.parquet`, or `my_module:MyStrategy`; none given takes the
     default pool."""
@@ -79,7 +82,13 @@ def run(args: Args) -> dict[str, Any]:
     from metarec_gym.world import World
 
     pool = [make_strategy(word) for word in args.pool]
-    log = InteractionLog.load(args.log)
+    if args.users is None:
+        log = InteractionLog.load(args.log)
+    else:
+        from metarec_gym.data.streaming import load_sample
+
+        log = load_sample(args.log, args.users, seed=args.seed)
+        log.save(log_of(args))
     settings = {"seed": args.seed, "pool": list(args.pool), "starts_per_user": args.starts_per_user}
     settings |= {"slate_size": args.slate_size, "horizon": args.horizon, "replicas": args.replicas}
     settings |= {"members": args.members, "variants": args.variants, "response": args.response}
@@ -132,8 +141,13 @@ def run(args: Args) -> dict[str, Any]:
     return row
 
 
+def log_of(args: Args) -> Path:
+    """Folder of the log that the world is built from: the one given, or the sample of it."""
+    return args.log if args.users is None else args.out.with_name(f"{args.out.name}_log")
+
+
 def _hint(args: Args) -> str:
-    command = shlex.join(["python", "-m", "experiments.validity", "--world", str(args.out), "--log", str(args.log)])
+    command = shlex.join(["python", "-m", "experiments.validity", "--world", str(args.out), "--log", str(log_of(args))])
     return f"how far may it be believed?  {command}"
 
 

@@ -241,3 +241,22 @@ def test_a_sample_keeps_whole_users_and_a_larger_one_holds_the_smaller(saved):
 def test_a_sample_of_one_user_is_refused(saved):
     with pytest.raises(ValueError, match="expected at least 2"):
         load_sample(saved, 1, seed=0)
+
+
+def test_a_world_of_a_sample_is_built_from_a_log_of_its_own(saved, tmp_path, monkeypatch):
+    from experiments import build_world
+    from metarec_gym.world import World
+
+    class Stop(Exception):
+        pass
+
+    def build(log, **_):
+        raise Stop(log.hash)
+
+    monkeypatch.setattr(World, "build", build)
+    args = build_world.Args(log=saved, out=tmp_path / "world", users=6, runs=tmp_path / "runs", quiet=True)
+    with pytest.raises(Stop, match=load_sample(saved, 6, seed=0).hash):
+        build_world.run(args)
+    kept = InteractionLog.load(tmp_path / "world_log")
+    assert kept.hash == load_sample(saved, 6, seed=0).hash
+    assert kept.card["users"] == 6
