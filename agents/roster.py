@@ -139,10 +139,10 @@ def _bandit(name: str) -> Entry:
 
 ROSTER: dict[str, Entry] = {
     **{name: _bandit(name) for name in BANDITS},
-    "ga": Entry("search", 5, search.learn_ga, "genetic algorithm over a network's weights", ("pymoo",)),
-    "pso": Entry("search", 5, search.learn_pso, "particle swarm over a network's weights", ("pymoo",)),
-    "cma_es": Entry("search", 5, search.learn_cma_es, "CMA-ES over a network's weights", ("cma",)),
-    "random_search": Entry("search", 5, search.learn_random_search, "random networks, the best one again"),
+    "ga": Entry("search", 5, search.learn_ga, "genetic algorithm over a linear policy", ("pymoo",)),
+    "pso": Entry("search", 5, search.learn_pso, "particle swarm over a linear policy", ("pymoo",)),
+    "cma_es": Entry("search", 5, search.learn_cma_es, "CMA-ES over a linear policy", ("cma",)),
+    "random_search": Entry("search", 5, search.learn_random_search, "random search around a linear policy"),
     "bayes_schedule": Entry(
         "search",
         5,
@@ -160,7 +160,7 @@ ROSTER: dict[str, Entry] = {
         "supervised", 5, supervised.learn_cluster_router, "best in the start's cluster", sees=_START
     ),
     "history_length": Entry(
-        "supervised", 5, supervised.learn_history_length, "best for the history's length at the start", sees=_START
+        "supervised", 5, supervised.learn_history_length, "best for the history's length at the start", sees=()
     ),
     "supervised_bandit": Entry(
         "supervised",
@@ -169,7 +169,7 @@ ROSTER: dict[str, Entry] = {
         "boosted trees as prior, then each user's answers",
         sees=_ALL,
     ),
-    "round_robin": Entry("fixed", 1, supervised.learn_round_robin, "every strategy in turn"),
+    "round_robin": Entry("fixed", 1, supervised.learn_round_robin, "every strategy in turn", sees=()),
 }
 """The agents, by name."""
 

@@ -45,17 +45,10 @@ SECOND_NOTE = (
 )
 
 
-def load_policy(path: str) -> Any:
-    """An exported policy of any kind."""
-    from metarec_gym import policy
-
-    load: Callable[[str], Any] = getattr(policy, "load_policy", policy.MlpPolicy.load)
-    return load(path)
-
-
 def play_policy(path: str, **kwargs: Any) -> Arrays:
     """Task: plays an exported policy."""
     from metarec_gym.evaluation.headroom import play_task
+    from metarec_gym.policy import load_policy
 
     return play_task(player=load_policy(path).to(kwargs["device"]), **kwargs)
 

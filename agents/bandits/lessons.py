@@ -42,7 +42,8 @@ def _scale(lesson: Any, name: str) -> tuple[int, float, float, float]:
     """Number of strategies; mean reward, its deviation over users, and that of one request's noise."""
     requests, k = min(lesson.requests, SCALE_REQUESTS), lesson.world.n_strategies
     prior = PopulationUcb(k).learn(_env(lesson, requests), requests, seed=_seed(lesson, name))
-    spread = float(prior.prior_cov.diagonal().mean()) ** 0.5
+    # users differ, and so do strategies: without the second part a pool of one taste would never be explored
+    spread = float(prior.prior_cov.diagonal().mean() + prior.prior_mean.var(correction=0)) ** 0.5
     return k, float(prior.prior_mean.mean()), spread, prior.noise_var**0.5
 
 

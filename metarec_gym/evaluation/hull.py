@@ -123,6 +123,8 @@ class Frontier:
 
     def sentence(self) -> str:
         """What the hull offers beside the reference, in words."""
+        if any(o.name == self.reference and o.weight == 0.0 for o in self.hull):
+            return f"{self.reference} is on the hull itself"
         parts = []
         if self.saving is not None:
             parts.append(f"{self.saving:.0%}".replace("%", " %") + " lower serving cost at its quality")
