@@ -18,6 +18,7 @@ from tests.test_env_sessions import with_return
 from tests.test_replay import impressions
 
 ROOT = Path(__file__).parent.parent
+LOGS = ("MovieLens100K", "MovieLens1M", "Deskdrop")
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_the_scenarios_have_the_names_that_they_are_cited_by():
     families = ("Select", "Blend", "Slots", "Tune")
-    named = {f"MetaRec/{log}-{family}-v0" for log in ("MovieLens100K", "Deskdrop") for family in families}
+    named = {f"MetaRec/{log}-{family}-v0" for log in LOGS for family in families}
     assert set(SCENARIOS) == named | {"MetaRec/OpenBandit-Replay-v0"}
     assert all(scenario.id == env_id for env_id, scenario in SCENARIOS.items())
 

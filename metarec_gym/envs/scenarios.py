@@ -72,6 +72,9 @@ _ALL = [
         "MovieLens100K", "movielens_100k", "Sessions of film raters of 1997-98", "films rated 4 or more are won", {}
     ),
     *_simulated(
+        "MovieLens1M", "movielens_1m", "Sessions of film raters of 2000-03", "films rated 4 or more are won", {}
+    ),
+    *_simulated(
         "Deskdrop",
         "deskdrop",
         "Employees who read articles on an intranet and come back, several sessions an episode",
