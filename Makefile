@@ -40,7 +40,7 @@ pages: $(STAMP)
 	$(RUN) experiments.scenario_pages
 
 test: $(STAMP)
-	$(RUN) pytest
+	OMP_NUM_THREADS=1 $(RUN) pytest -n auto
 
 test-slow: $(STAMP)
 	$(RUN) pytest -m slow
