@@ -47,7 +47,7 @@ test-slow: $(STAMP)
 
 test-gymnasium-1.2: $(STAMP)
 	test -d $(OLD_GYM)/gymnasium || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD_GYM) gymnasium==1.2.2
-	PYTHONPATH=$(OLD_GYM) $(RUN) pytest $(ENV_TESTS)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_GYM) $(RUN) pytest -n auto $(ENV_TESTS)
 
 integrations: $(STAMP)
 	$(RUN) experiments.integrations.make_environment rllib
