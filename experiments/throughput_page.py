@@ -283,6 +283,11 @@ def _plot(rows: Rows, path: Path) -> str | None:
         axis.plot(x, [series[0][1] * (n / x[0]) ** power for n in x], "--", color="#999999", label="linear cost")
         axis.set_xscale("log")
         axis.set_yscale("log")
+        # a tick for each point measured: those of a narrow logarithmic axis run into each other
+        axis.set_xticks(x, [f"{n:,}" if n < 10_000 else f"{n:.0e}".replace("e+0", "e") for n in x], fontsize=7)
+        axis.minorticks_off()
+        ticks = [t for t in (5, 10, 20, 50, 100, 200, 500) if min(axis.get_ylim()) <= t <= max(axis.get_ylim())]
+        axis.set_yticks(ticks, [str(t) for t in ticks])
     axes[0].set_ylabel("us per user and step")
     axes[0].legend(frameon=False)
     if not drawn:
