@@ -439,3 +439,18 @@ def test_cuda_gives_the_same_slates_and_draws_as_cpu(leaving_world):
         assert torch.allclose(cpu.expected_reward, cuda.expected_reward.cpu(), atol=1e-5)
         assert float((a[1] != b[1].cpu()).float().mean()) < 1e-3
         assert torch.allclose(a[0], b[0].cpu(), atol=1e-5) or float((a[1] != b[1].cpu()).sum()) > 0
+
+
+@pytest.mark.parametrize("output", ["numpy", "torch"])
+def test_what_comes_out_as_a_tensor_can_be_trained_on(output):
+    env = MetaRecVectorEnv(3, output=output)
+    env.reset(seed=0)
+    obs, *_ = env.step(np.zeros(3, dtype=np.int64))
+    weight = torch.ones(3, requires_grad=True)
+    state = env.get_state()["user.profile"]
+    loss = (weight * env.expected_reward).sum() + (weight * state.sum(dim=1)).sum()
+    if output == "torch":
+        loss = loss + (weight * obs.sum(dim=1)).sum()
+    loss.backward()
+    assert weight.grad is not None and bool(torch.isfinite(weight.grad).all())
+    env.expected_reward.zero_()

@@ -220,7 +220,9 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
         """
         super().reset(seed=seed if isinstance(seed, int) else None)
         with self._bookkeeping():
-            return self._reset(seed, dict(options or {}))
+            result = self._reset(seed, dict(options or {}))
+        self.expected_reward = torch.zeros(self.num_envs, device=self.device)
+        return result
 
     def _reset(self, seed: int | Sequence[int | None] | None, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         mask = row_mask(options.get("reset_mask"), self.num_envs, self._rows, self.device)
@@ -235,7 +237,6 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
         start = pinned(options.get("start_state"), "start_state", self.num_envs, self._rows, self.device)
         noise = pinned(options.get("noise"), "noise", self.num_envs, self._rows, self.device)
         self._begin(mask, start_rows(self._tables, start, self.config.fold), noise)
-        self.expected_reward = torch.zeros(self.num_envs, device=self.device)
         return self._out(self._observe()), self._info()
 
     def _begin(self, mask: Tensor, start: Tensor | None = None, noise: Tensor | None = None) -> None:
@@ -274,10 +275,13 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
         if self._state is None:
             raise RuntimeError("step was called before reset; call env.reset(seed=...) first")
         with self._bookkeeping():
-            return self._step(self._state, actions)
+            result = self._step(self._state, actions)
+        # an ordinary tensor again, for whoever computes with it
+        self.expected_reward = self.expected_reward.clone()
+        return result
 
     def _bookkeeping(self) -> torch.inference_mode:
-        """Without autograd's notes about tensors, a third of a call's cost; not where tensors go out, which may be trained on."""
+        """No notes for autograd, which slow small calls down; not where tensors go out, which may be trained on."""
         return torch.inference_mode(self.output == "numpy")
 
     def _step(self, state: UserState, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
