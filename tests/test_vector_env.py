@@ -452,5 +452,6 @@ def test_what_comes_out_as_a_tensor_can_be_trained_on(output):
     if output == "torch":
         loss = loss + (weight * obs.sum(dim=1)).sum()
     loss.backward()
-    assert weight.grad is not None and bool(torch.isfinite(weight.grad).all())
+    assert weight.grad is not None
+    assert bool(torch.isfinite(weight.grad).all())
     env.expected_reward.zero_()
