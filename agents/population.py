@@ -75,15 +75,16 @@ class Network:
 
 
 def make_network(recipe: EnvRecipe, service: Service, features: tuple[str, ...], hidden: tuple[int, ...]) -> Network:
-    """A network over named blocks of the observation, standardised by what was served.
+    """A network over named blocks of the observation (none named: all of it), standardised by what was served.
 
     Raises:
         ValueError: When the observation has no such block.
     """
     env = recipe.make(1)
+    features = features or tuple(env.feature_slices)
     unknown = sorted(set(features) - set(env.feature_slices))
-    if unknown or not features:
-        raise ValueError(f"features names {unknown or 'nothing'}; the observation has {list(env.feature_slices)}")
+    if unknown:
+        raise ValueError(f"features names {unknown}; the observation has {list(env.feature_slices)}")
     columns = torch.cat([torch.arange(s.start, s.stop) for s in (env.feature_slices[name] for name in features)])
     rows = service.obs[service.alive][:, columns]
     scale = rows.std(dim=0)
@@ -122,6 +123,24 @@ def ridge_start(network: Network, service: Service, ridge: float = 10.0) -> Tens
     spread = (x @ weights.T).std(dim=1).mean().clamp(min=1e-9)
     weights = weights / spread
     return torch.cat([weights[:, :-1].flatten(), weights[:, -1]])
+
+
+def searched_numbers(network: Network, columns: Tensor | None) -> Tensor:
+    """Places of a linear network's vector that belong to some columns of the observation, and of all its constants.
+
+    Args:
+        network: Its shape.
+        columns: int64, of the observation; None = everything, hidden layers too.
+
+    Returns:
+        int64, ascending.
+    """
+    if columns is None:
+        return torch.arange(network.dim)
+    k, width = network.widths[-1], network.widths[0]
+    mine = torch.nonzero(torch.isin(network.columns, columns))[:, 0]
+    weights = (torch.arange(k)[:, None] * width + mine).flatten()
+    return torch.cat([weights, torch.arange(k * width, k * width + k)])
 
 
 # ---- evaluation of a population

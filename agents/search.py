@@ -35,11 +35,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from agents.population import Network, PopulationEvaluator, make_network, ridge_start
+from agents.population import Network, PopulationEvaluator, make_network, ridge_start, searched_numbers
 from agents.service import EnvRecipe, Service, row_seeds, serve_episodes, whole_requests
 from metarec_gym.policy import MlpPolicy, UniformPolicy
 from metarec_gym.seeding import numpy_rng, stream
 
+EXPLORE = 0.3
+"""Share of uniform choices while the first fit serves."""
 CHECKPOINT_SCHEMA = 1
 Method = Literal["ga", "pso", "cma_es", "random_search", "bayes_schedule"]
 
@@ -58,16 +60,20 @@ class Args:
     """Candidates a generation."""
     users: int = 16
     """Fresh users that a generation meets."""
-    features: tuple[str, ...] = ("taste", "request_fraction", "history_length", "popularity_affinity")
-    """Blocks of the observation that the network sees: few numbers are found faster."""
+    features: tuple[str, ...] = ()
+    """Blocks of the observation that the network sees; none named = all."""
+    searched: tuple[str, ...] = ("request_fraction", "history_length")
+    """Blocks whose weights are searched, with the constants; the others keep the start's: few numbers are found faster. None
+    named = everything, as always with hidden layers or without a warm start."""
     hidden: tuple[int, ...] = ()
     """Widths of the tanh layers; none = a linear policy."""
-    sigma: float = 0.3
+    sigma: float = 1.0
     """Deviation of the first candidates from the start; outputs of the start policy have deviation 1 over the strategies."""
     warm_start: bool = True
     """Start from the ridge regression of rewards; False starts from a network of zeros (as networks with hidden layers do)."""
     warm_share: float = 0.3
-    """Share of the budget for random service, which the start policy (a ridge regression of rewards) is fitted to."""
+    """Share of the budget that the start policy (a ridge regression of rewards) is fitted to: half of it random service, half
+    service by the first fit with exploration."""
     final_share: float = 0.2
     """Share of the budget for the final."""
     finalists: int = 6
@@ -317,11 +323,10 @@ def train(
     bayes = args.method == "bayes_schedule"
     # a schedule needs no start policy; its reference is one fixed schedule
     warm = whole_requests(0.02 if bayes else args.warm_share, args.total_steps)
-    service = serve_episodes(recipe, UniformPolicy(), warm, seed=root, purpose="warm")
     features = ("request_fraction", "history_length") if bayes else args.features
-    network = make_network(recipe, service, features, () if bayes else args.hidden)
+    service, network = _warm_up(recipe, warm, features, args, root)
     evaluator = PopulationEvaluator(recipe, network)
-    start, optimiser = _start(network, service, env.horizon, args, root)
+    start, places, optimiser = _start(recipe, network, service, env.horizon, args, root)
     spent, cost = service.requests, (args.population + 1) * args.users * env.horizon
     final = whole_requests(args.final_share, args.total_steps)
     generations = (args.total_steps - spent - final) // cost
@@ -337,7 +342,9 @@ def train(
     scores_kept: list[Tensor] = []
     history: list[dict[str, float]] = []
     for generation in range(generations):
-        population = optimiser.ask()
+        asked = optimiser.ask()
+        population = start.repeat(len(asked), 1)
+        population[:, places] = asked
         if generation < len(past):
             scores, count = past[generation][:-1], int(past[generation][-1])
         else:
@@ -345,7 +352,7 @@ def train(
             seeds = row_seeds(root, args.users, "generation", generation)
             values = evaluator.evaluate(torch.cat([population, start[None]]), seeds)
             scores, count = values[:-1] - values[-1], evaluator.requests - before
-        optimiser.tell(population, scores)
+        optimiser.tell(asked, scores)
         spent += count
         best = int(scores.argmax())
         kept.append((population[best], float(scores[best])))
@@ -357,11 +364,13 @@ def train(
             left_s = (time.perf_counter() - started) / (generation + 1) * (generations - generation - 1)
             print(f"\r{args.method} {spent:,} requests  best {scores[best]:+.3f}  {left_s:.0f} s left   ",
                   end="\n" if generation == generations - 1 else "", file=sys.stderr, flush=True)  # fmt: skip
-    own = optimiser.answer()
+    own, answer = optimiser.answer(), start.clone()
+    if own is not None:
+        answer[places] = own
     lucky = [vector for vector, _ in sorted(kept, key=lambda entry: -entry[1])]
     # later generations are better on the whole: half of the places are theirs
     late = [vector for vector, _ in kept[::-1]]
-    finalists = _distinct([start, *([] if own is None else [own]), *_interleave(late, lucky)])[: args.finalists]
+    finalists = _distinct([start, answer, *_interleave(late, lucky)])[: args.finalists]
     users = max(args.users, (args.total_steps - spent) // (len(finalists) * env.horizon))
     before = evaluator.requests
     values = evaluator.evaluate(torch.stack(finalists), row_seeds(root, users, "final"))
@@ -377,23 +386,51 @@ def train(
     return TrainResult(policy, spent, time.perf_counter() - started, metrics, history)
 
 
-def _start(network: Network, service: Service, horizon: int, args: Args, root: int) -> tuple[Tensor, Optimiser]:
+def _warm_up(
+    recipe: EnvRecipe, requests: int, features: tuple[str, ...], args: Args, root: int
+) -> tuple[Service, Network]:
+    """What the start policy is fitted to, and the network over it."""
+    regression = args.method != "bayes_schedule" and args.warm_start and not args.hidden
+    first = requests // 2 if regression else requests
+    service = serve_episodes(recipe, UniformPolicy(), first, seed=root, purpose="warm")
+    hidden = () if args.method == "bayes_schedule" else args.hidden
+    network = make_network(recipe, service, features, hidden)
+    if regression:
+        # lists that a good policy has used up look different from those under random service
+        policy = network.export(ridge_start(network, service), int(service.obs.shape[2]))
+        rest = requests - service.requests
+        service = service.and_also(serve_episodes(recipe, policy, rest, seed=root, purpose="again", explore=EXPLORE))
+    return service, network
+
+
+def _start(
+    recipe: EnvRecipe, network: Network, service: Service, horizon: int, args: Args, root: int
+) -> tuple[Tensor, Tensor, Optimiser]:
+    """The start policy, the places of its numbers that are searched, and the optimiser of those."""
+    everything = torch.arange(network.dim)
     if args.method == "bayes_schedule":
         bayes = BayesSchedule(network, horizon, args, root)
         # the strategy of highest mean reward, always
         alive = service.alive
         hot = torch.nn.functional.one_hot(service.action[alive], len(network.strategies)).to(torch.float64)
         best = int((hot.T @ service.reward[alive].to(torch.float64) / hot.sum(dim=0).clamp(min=1.0)).argmax())
-        return bayes.vector(best, best, 1), bayes
+        return bayes.vector(best, best, 1), everything, bayes
     makers: dict[str, Callable[[Tensor, Args, int], Optimiser]] = {
         "ga": Pymoo,
         "pso": Pymoo,
         "cma_es": CmaEs,
         "random_search": RandomSearch,
     }
-    zeros = torch.zeros(network.dim, dtype=torch.float64)
-    start = ridge_start(network, service) if args.warm_start else zeros
-    return start, makers[args.method](start, args, root)
+    start, places = torch.zeros(network.dim, dtype=torch.float64), everything
+    if args.warm_start and not args.hidden:
+        start = ridge_start(network, service)
+        blocks = recipe.make(1).feature_slices
+        unknown = sorted(set(args.searched) - set(blocks))
+        if unknown:
+            raise ValueError(f"searched names {unknown}; the observation has {list(blocks)}")
+        columns = [torch.arange(blocks[name].start, blocks[name].stop) for name in args.searched]
+        places = searched_numbers(network, torch.cat(columns) if columns else None)
+    return start, places, makers[args.method](start[places], args, root)
 
 
 def _interleave(one: list[Tensor], other: list[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from agents import search
-from agents.population import Network, PopulationEvaluator, make_network
+from agents.population import Network, PopulationEvaluator, make_network, searched_numbers
 from agents.service import EnvRecipe, row_seeds, serve, serve_episodes
 from metarec_gym.envs.vector_env import MetaRecVectorEnv
 from metarec_gym.policy import MlpPolicy, UniformPolicy
@@ -229,3 +229,33 @@ def test_bad_settings_are_refused_with_what_to_change(world: World) -> None:
         search.Args(population=1)
     with pytest.raises(ValueError, match="no MetaRecVectorEnv"):
         search.train(object(), QUICK, progress=False)
+
+
+def test_only_the_searched_blocks_and_the_constants_leave_the_start(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = EnvRecipe.of(env_of(world))
+    service = serve_episodes(recipe, UniformPolicy(), 400, seed=1, purpose="test")
+    features = ("taste", "request_fraction")
+    network = make_network(recipe, service, features, ())
+    column = recipe.make(1).feature_slices["request_fraction"].start
+    places = searched_numbers(network, torch.tensor([column]))
+    # four strategies, eight taste entries before the one searched: 8, 17, 26, 35, then the constants 36..39
+    assert places.tolist() == [8, 17, 26, 35, 36, 37, 38, 39]
+    assert searched_numbers(network, None).tolist() == list(range(40))
+    real, populations = PopulationEvaluator.evaluate, []
+
+    def kept(self: PopulationEvaluator, population: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+        populations.append(population)
+        return real(self, population, seeds)
+
+    monkeypatch.setattr(PopulationEvaluator, "evaluate", kept)
+    args = dataclasses.replace(
+        QUICK, warm_start=True, warm_share=0.3, total_steps=5_000, features=features, searched=("request_fraction",)
+    )
+    search.train(env_of(world), args, progress=False)
+    # the last row of a generation is the start
+    moved = (populations[0][:-1] != populations[0][-1]).any(dim=0)
+    assert torch.nonzero(moved)[:, 0].tolist() == places.tolist()
+    with pytest.raises(ValueError, match="searched names"):
+        search.train(env_of(world), dataclasses.replace(args, searched=("mood",)), progress=False)
