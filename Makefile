@@ -41,15 +41,16 @@ train: $(STAMP)
 pages: $(STAMP)
 	$(RUN) experiments.scenario_pages
 
+# a file stays in one process: its tests may share what is dear to make
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN) pytest -n auto
+	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist loadfile
 
 test-slow: $(STAMP)
 	$(RUN) pytest -m slow
 
 test-gymnasium-1.2: $(STAMP)
 	test -d $(OLD_GYM)/gymnasium || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD_GYM) gymnasium==1.2.2
-	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_GYM) $(RUN) pytest -n auto $(ENV_TESTS)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD_GYM) $(RUN) pytest -n auto --dist loadfile $(ENV_TESTS)
 
 integrations: $(STAMP)
 	$(RUN) experiments.integrations.make_environment rllib
