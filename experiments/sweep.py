@@ -128,9 +128,9 @@ def seeds_of(args: Args) -> list[int]:
 
 def score_of(config: Mapping[str, Any], args: Args, agent: str, world: Path, fold: str, seed: int) -> float:
     """Trains once, or finds the training, and scores its policy on a fold's users and judge."""
-    from metarec_gym.policy import MlpPolicy
+    from metarec_gym.policy import load_policy
 
-    policy = MlpPolicy.load(trained(config, args, agent, world, seed))
+    policy = load_policy(trained(config, args, agent, world, seed))
     return value_of(policy, world, fold=fold, seed=args.seed, episodes=args.episodes)
 
 
