@@ -118,8 +118,8 @@ def env_of(args: Args) -> tuple[str, dict[str, Any]]:
 def learner_code(learner: Learner) -> tuple[str, ...]:
     """The files that decide what a learner does."""
     path = learner.module.replace(".", "/")
-    shared = ("agents/sb3/common.py", "agents/sb3/exploration.py") if path.startswith("agents/sb3/") else ()
-    return (path, f"{path}.py", *shared)
+    # the algorithms of SB3 share settings, loop and export
+    return ("agents/sb3",) if path.startswith("agents/sb3/") else (path, f"{path}.py")
 
 
 def learner_args(args: Args) -> Any:

@@ -264,8 +264,7 @@ class MlpPolicy(StatelessPolicy):
     @classmethod
     def load(cls, path: str | Path) -> MlpPolicy:
         """`load_policy`: reads a saved policy of any kind."""
-        policy: MlpPolicy = load_policy(path)
-        return policy
+        return load_policy(path)
 
 
 MEMORY_TENSORS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -361,7 +360,7 @@ class GruPolicy(MlpPolicy):
         return super()._tensors() | {f"memory.{name}": tensor for name, tensor in named}
 
 
-def load_policy(path: str | Path) -> Any:
+def load_policy(path: str | Path) -> MlpPolicy:
     """Reads an exported policy of any kind: with or without memory, for one strategy, slots or a blend.
 
     Args:
@@ -381,10 +380,6 @@ def load_policy(path: str | Path) -> Any:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     if "strategies" not in header:
         raise ValueError(f"{path} holds no policy (no strategies in its header); expected a policy.safetensors")
-    if json.loads(header.get("form", "{}")).get("kind") == "lstm":
-        from metarec_gym.policy_lstm import LstmPolicy
-
-        return LstmPolicy.load(path)
     if int(header["schema"]) > POLICY_SCHEMA:
         raise ValueError(
             f"{path} has policy schema {header['schema']}, this metarec_gym reads up to {POLICY_SCHEMA}; "
@@ -397,7 +392,12 @@ def load_policy(path: str | Path) -> Any:
     settings = {name: tensors[name] for name in ("obs_mean", "obs_scale", "log_std") if name in tensors}
     settings |= form | {"meta": json.loads(header["meta"])}
     strategies = tuple(json.loads(header["strategies"]))
+    if kind == "mlp":
+        return MlpPolicy(layers, strategies, **settings)
+    weight_ih, weight_hh, bias_ih, bias_hh = (tensors[f"memory.{name}"] for name in MEMORY_TENSORS)
+    memory = weight_ih, weight_hh, bias_ih, bias_hh
     if kind == "gru":
-        weight_ih, weight_hh, bias_ih, bias_hh = (tensors[f"memory.{name}"] for name in MEMORY_TENSORS)
-        return GruPolicy((weight_ih, weight_hh, bias_ih, bias_hh), layers, strategies, **settings)
-    return MlpPolicy(layers, strategies, **settings)
+        return GruPolicy(memory, layers, strategies, **settings)
+    from metarec_gym.policy_lstm import LstmPolicy
+
+    return LstmPolicy(memory, layers, strategies, **settings)

@@ -62,7 +62,10 @@ def export_onnx(policy: MlpPolicy, path: str | Path) -> Path:
 
     Raises:
         ImportError: When the packages for ONNX are missing.
+        ValueError: When the policy remembers by an LSTM, which has no export here.
     """
+    if policy.kind not in ("mlp", "gru"):
+        raise ValueError(f"a policy of kind {policy.kind!r} has no ONNX export; expected 'mlp' or 'gru'")
     try:
         import onnx
         import onnxscript  # noqa: F401  (torch's exporter needs it)

@@ -15,12 +15,13 @@ import torch
 pytest.importorskip("yaml")
 pytest.importorskip("sb3_contrib")
 
-from agents.sb3.common import parse_rate
-from agents.sb3.export import ActorFile, LstmPolicy
 from agents.sb3.hyperparameters import settings_of, tuned
+from agents.sb3.settings import parse_rate
 from experiments import train as command
 from metarec_gym.envs.vector_env import MetaRecVectorEnv
-from metarec_gym.policy import MlpPolicy
+from metarec_gym.policy import MlpPolicy, load_policy
+from metarec_gym.policy_lstm import LstmPolicy
+from metarec_gym.policy_onnx import export_onnx
 from metarec_gym.world import World
 
 NAMES = ("ppo", "a2c", "dqn", "sac", "maskable_ppo", "recurrent_ppo", "qrdqn", "trpo")
@@ -81,8 +82,8 @@ def trained(name: str, action: str, world: World, monkeypatch: pytest.MonkeyPatc
         models.append(model)
         return algorithm.export(model, *rest)
 
-    monkeypatch.setattr(module, "ALGORITHM", dataclasses.replace(algorithm, export=export))
-    result = module.train(make_env(world, action, **settings), small(name, action), progress=False)
+    watched = dataclasses.replace(algorithm, export=export)
+    result = watched.train(make_env(world, action, **settings), small(name, action), progress=False)
     return models[0], result
 
 
@@ -99,8 +100,9 @@ def test_what_is_exported_acts_as_the_model(name, action, leaving_world, tmp_pat
     loaded = type(policy).load(policy.save(tmp_path / "policy.safetensors"))
     seen = torch.as_tensor(obs)
     if action != "select":
-        assert isinstance(loaded, ActorFile)
-        assert np.allclose(loaded.act(seen).numpy(), expected, atol=1e-5)
+        assert loaded.chooses == action
+        everything = torch.ones(16, len(loaded.strategies), dtype=torch.bool)
+        assert np.allclose(loaded.act(seen, everything).numpy(), expected, atol=1e-5)
         return
     mask = torch.ones(16, len(loaded.strategies), dtype=torch.bool)
     loaded.begin(16)
@@ -115,6 +117,8 @@ def test_the_exported_lstm_remembers_as_the_model_does(leaving_world, monkeypatc
     model, result = trained("recurrent_ppo", "select", leaving_world, monkeypatch)
     policy = result.policy
     assert isinstance(policy, LstmPolicy)
+    with pytest.raises(ValueError, match="kind 'lstm' has no ONNX export"):
+        export_onnx(policy, "nowhere.onnx")
     env = make_env(leaving_world, "select")
     obs, _ = env.reset(seed=5)
     state, start = None, np.ones(16, dtype=bool)
@@ -250,6 +254,6 @@ def test_experiments_train_knows_them_all(tmp_path: Path) -> None:
         )
     )
     folder = next(tmp_path.glob("sb3_sac_A_seed0_*"))
-    assert ActorFile.load(folder / row["policy"]).chooses == "blend"
+    assert load_policy(folder / row["policy"]).chooses == "blend"
     with pytest.raises(ValueError, match="--agent is 'sb3_nothing'"):
         command.run_folder(command.Args(agent="sb3_nothing", runs=tmp_path))

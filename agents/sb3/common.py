@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,25 +23,15 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from metarec_gym.envs.actions import blend_weights
 from metarec_gym.envs.sb3 import SB3VecEnv
 from metarec_gym.envs.vector_env import MetaRecVectorEnv
+from metarec_gym.policy import MlpPolicy
 from metarec_gym.seeding import stream
-
-
-class Saved(Protocol):
-    """What training hands back: something that plays without SB3."""
-
-    strategies: tuple[str, ...]
-    meta: dict[str, Any]
-
-    def save(self, path: str | Path) -> Path:
-        """Writes one safetensors file; returns its path."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
     """What training leaves behind; the fields are those of `agents.ppo`."""
 
-    policy: Any
-    """A `Saved`: an `MlpPolicy` or `LstmPolicy` for Select, an `ActorFile` for Blend and Slots."""
+    policy: MlpPolicy
     steps: int
     seconds: float
     metrics: dict[str, float]
@@ -63,10 +53,75 @@ class Algorithm:
 
     name: str
     make: Callable[[VecEnv, int, Any, int], BaseAlgorithm]
-    export: Callable[[Any, str, tuple[str, ...], dict[str, Any]], Saved]
+    export: Callable[[Any, str, tuple[str, ...], dict[str, Any]], MlpPolicy]
     actions: tuple[str, ...] = ("select", "blend", "slots")
     masks: bool = False
     off_policy: bool = False
+
+    def train(
+        self,
+        env: MetaRecVectorEnv,
+        args: Any,
+        *,
+        run_dir: str | Path | None = None,
+        progress: bool = True,
+        resume: bool = False,
+    ) -> TrainResult:
+        """Trains on `env` and returns the policy.
+
+        Args:
+            env: Numpy output, same-step autoreset.
+            args: The algorithm's hyperparameters, with `seed`, `total_steps` and `gamma`.
+            run_dir: Gets TensorBoard events and `policy.safetensors`; None writes nothing.
+            progress: Prints a line with the time left.
+            resume: Accepted for the sake of one call for all learners; a killed run starts again from its seed.
+
+        Returns:
+            The policy with its numbers.
+
+        Raises:
+            ValueError: When the algorithm cannot choose this kind of action, or strategies can be out of service and it knows
+                no masks.
+        """
+        action, name = env.config.action, self.name
+        if action not in self.actions:
+            ids = " or ".join(f"MetaRec/{kind.capitalize()}-v0" for kind in self.actions)
+            raise ValueError(f"{name} cannot choose the actions of {action}; train it on {ids}")
+        if may_mask(env) and not self.masks:
+            raise ValueError(
+                f"{name} of Stable-Baselines3 knows no action masks, but strategies are unavailable; use agents.ppo or "
+                "sb3_maskable_ppo"
+            )
+        strategies = tuple(env.strategy_names)
+        history = _History()
+        outputs: list[KVWriter] = [history]
+        if run_dir is not None:
+            Path(run_dir).mkdir(parents=True, exist_ok=True)
+            outputs.append(_TensorBoard(str(run_dir)))
+        started = time.perf_counter()
+        with isolated_generators():
+            rows = SB3VecEnv(env)
+            # numpy's global generator takes 32 bits
+            seed = stream(args.seed, "sb3", "learner") % 2**32
+            scaled = VecNormalize(rows, norm_obs=False, gamma=args.gamma, clip_reward=math.inf)
+            model = self.make(scaled, env.num_envs, args, seed)
+            model.set_logger(Logger(str(run_dir) if run_dir is not None else None, outputs))
+            # after the constructor, which seeds the environment with the learner's; the users are those our PPO meets
+            rows.seed(stream(args.seed, "ppo", "env"))
+            # counted in iterations on policy; in episodes off policy, where all rows may end in one step
+            every = env.num_envs if self.off_policy else 1
+            report = _Report(self, args, action, strategies, progress)
+            model.learn(args.total_steps, callback=report, log_interval=every)
+        seconds = time.perf_counter() - started
+        meta = {"agent": name, "seed": args.seed, "world": env.world.hash, "fold": env.config.fold, "action": action}
+        policy = self.export(model, action, strategies, {**meta, "steps": model.num_timesteps})
+        if run_dir is not None:
+            policy.save(Path(run_dir) / "policy.safetensors")
+            outputs[1].close()
+        metrics: dict[str, float] = {}
+        for row in history.rows:
+            metrics |= {k: v for k, v in row.items() if k != "step"}
+        return TrainResult(policy, model.num_timesteps, seconds, metrics, history.rows)
 
 
 @contextmanager
@@ -83,24 +138,6 @@ def isolated_generators() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])
-
-
-def parse_rate(rate: str | float) -> Callable[[float], float]:
-    """A schedule written as in RL Zoo, as a function of the share of training that is left.
-
-    Args:
-        rate: `lin_X` falls linearly from X to 0; a number stays.
-
-    Raises:
-        ValueError: When it is neither.
-    """
-    text = str(rate)
-    try:
-        value = float(text.removeprefix("lin_"))
-    except ValueError as error:
-        raise ValueError(f"learning_rate is {rate!r}, expected a number or 'lin_' and a number: lin_0.001") from error
-    linear = text.startswith("lin_")
-    return lambda left: value * left if linear else value
 
 
 def may_mask(env: MetaRecVectorEnv) -> bool:
@@ -212,68 +249,3 @@ class _Report(BaseCallback):
     def _on_training_end(self) -> None:
         # SB3 never writes the last update's scalars: it dumps before it trains
         self.logger.dump(self.num_timesteps)
-
-
-def train_with(
-    algorithm: Algorithm,
-    env: MetaRecVectorEnv,
-    args: Any,
-    *,
-    run_dir: str | Path | None = None,
-    progress: bool = True,
-) -> TrainResult:
-    """Trains one algorithm on `env` and returns the policy.
-
-    Args:
-        algorithm: What learns.
-        env: Numpy output, same-step autoreset.
-        args: Its hyperparameters, with `seed`, `total_steps` and `gamma`.
-        run_dir: Gets TensorBoard events and `policy.safetensors`; None writes nothing.
-        progress: Prints a line with the time left.
-
-    Returns:
-        The policy with its numbers.
-
-    Raises:
-        ValueError: When the algorithm cannot choose this kind of action, or strategies can be out of service and it knows no
-            masks.
-    """
-    action, name = env.config.action, algorithm.name
-    if action not in algorithm.actions:
-        ids = " or ".join(f"MetaRec/{kind.capitalize()}-v0" for kind in algorithm.actions)
-        raise ValueError(f"{name} cannot choose the actions of {action}; train it on {ids}")
-    if may_mask(env) and not algorithm.masks:
-        raise ValueError(
-            f"{name} of Stable-Baselines3 knows no action masks, but strategies are unavailable; use agents.ppo or "
-            "sb3_maskable_ppo"
-        )
-    strategies = tuple(env.strategy_names)
-    history = _History()
-    outputs: list[KVWriter] = [history]
-    if run_dir is not None:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        outputs.append(_TensorBoard(str(run_dir)))
-    started = time.perf_counter()
-    with isolated_generators():
-        rows = SB3VecEnv(env)
-        # numpy's global generator takes 32 bits
-        seed = stream(args.seed, "sb3", "learner") % 2**32
-        scaled = VecNormalize(rows, norm_obs=False, gamma=args.gamma, clip_reward=math.inf)
-        model = algorithm.make(scaled, env.num_envs, args, seed)
-        model.set_logger(Logger(str(run_dir) if run_dir is not None else None, outputs))
-        # after the constructor, which seeds the environment with the learner's; the users are those our PPO meets
-        rows.seed(stream(args.seed, "ppo", "env"))
-        # counted in iterations on policy; in episodes off policy, where all rows may end in one step
-        every = env.num_envs if algorithm.off_policy else 1
-        report = _Report(algorithm, args, action, strategies, progress)
-        model.learn(args.total_steps, callback=report, log_interval=every)
-    seconds = time.perf_counter() - started
-    meta = {"agent": name, "seed": args.seed, "world": env.world.hash, "fold": env.config.fold, "action": action}
-    policy = algorithm.export(model, action, strategies, {**meta, "steps": model.num_timesteps})
-    if run_dir is not None:
-        policy.save(Path(run_dir) / "policy.safetensors")
-        outputs[1].close()
-    metrics: dict[str, float] = {}
-    for row in history.rows:
-        metrics |= {k: v for k, v in row.items() if k != "step"}
-    return TrainResult(policy, model.num_timesteps, seconds, metrics, history.rows)

@@ -21,7 +21,7 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.sb3.common import Algorithm, TrainResult, train_with
+from agents.sb3.common import Algorithm
 from agents.sb3.export import actor_critic_policy
 from agents.sb3.hyperparameters import action_of, tuned
 from metarec_gym.envs.vector_env import MetaRecVectorEnv
@@ -114,18 +114,7 @@ def make_model(env: VecEnv, num_envs: int, args: Args, seed: int) -> PPO:
 
 
 ALGORITHM = Algorithm("sb3_ppo", make_model, actor_critic_policy)
-
-
-def train(
-    env: MetaRecVectorEnv,
-    args: Args,
-    *,
-    run_dir: str | Path | None = None,
-    progress: bool = True,
-    resume: bool = False,
-) -> TrainResult:
-    """Trains on `env` (numpy output, same-step autoreset); see `train_with`. A killed run starts again: `resume` says nothing."""
-    return train_with(ALGORITHM, env, args, run_dir=run_dir, progress=progress)
+train = ALGORITHM.train
 
 
 @dataclass(frozen=True)
