@@ -25,7 +25,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from agents.population import Network, PopulationEvaluator, make_network, ridge_start, searched_numbers
+from agents.ppo.args import TrainResult
 from agents.service import EnvRecipe, Service, row_seeds, serve_episodes, whole_requests
 from metarec_gym.policy import MlpPolicy, UniformPolicy
 from metarec_gym.seeding import numpy_rng, stream
@@ -90,22 +91,6 @@ class Args:
                 f"warm_share is {self.warm_share} and final_share {self.final_share}; both must be above 0 and their sum "
                 "below 1: the rest is searched with"
             )
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a search leaves behind."""
-
-    policy: MlpPolicy
-    """The network found."""
-    steps: int
-    """Requests learned from."""
-    seconds: float
-    """Wall time of this process."""
-    metrics: dict[str, float]
-    """Scalars of the last generation and the final, by TensorBoard tag."""
-    history: list[dict[str, float]] = field(default_factory=list)
-    """Scalars of every generation."""
 
 
 # ---- optimisers, by ask and tell

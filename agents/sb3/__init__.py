@@ -1,6 +1,7 @@
 """Algorithms of Stable-Baselines3 and sb3-contrib on MetaRec environments; one module each, PPO's names also here."""
 
-from agents.sb3.common import TrainResult, isolated_generators
+from agents.ppo.args import TrainResult
+from agents.sb3.common import isolated_generators
 from agents.sb3.export import actor_critic_policy
 from agents.sb3.ppo import ALGORITHM, Args, learning_rate, train
 

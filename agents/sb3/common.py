@@ -20,22 +20,12 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HParam, KVWriter, Logger, TensorBoardOutputFormat
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from agents.ppo.args import TrainResult
 from metarec_gym.envs.actions import blend_weights
 from metarec_gym.envs.sb3 import SB3VecEnv
 from metarec_gym.envs.vector_env import MetaRecVectorEnv
 from metarec_gym.policy import MlpPolicy
 from metarec_gym.seeding import stream
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What training leaves behind; the fields are those of `agents.ppo`."""
-
-    policy: MlpPolicy
-    steps: int
-    seconds: float
-    metrics: dict[str, float]
-    history: list[dict[str, float]]
 
 
 @dataclass(frozen=True)
