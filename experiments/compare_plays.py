@@ -144,7 +144,7 @@ class Comparer:
                     jobs.append(
                         TrainArgs(
                             world=args.world,
-                            agent=cast(Any, agent),
+                            agent=agent,
                             fold=cast(Literal["A", "B"], fold),
                             seed=seed,
                             steps=args.steps,
