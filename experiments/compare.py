@@ -25,7 +25,6 @@ from experiments.compare_plays import SECOND_NOTE, Comparer, train_command
 from experiments.env_settings import env_pairs
 from experiments.headroom import PLAY_CODE, measure, world_line
 from experiments.run_folder import RunFolder, code_hash, command_line, versions, write_atomic
-from experiments.train import LEARNERS
 from experiments.train import run_folder as train_folder
 from metarec_gym.evaluation.headroom import EvalSettings
 
@@ -52,6 +51,8 @@ class Args:
     oracles are always there."""
     seeds: int | None = None
     """Training seeds of each learner; its own default if absent (10 for ppo, 5 for sb3_ppo)."""
+    seeds_of: tuple[str, ...] = ()
+    """Training seeds of single agents, AGENT=N each."""
     steps: int = 300_000
     """Requests that each training run learns from, the same for every learner."""
     evaluation: EvalSettings = field(default_factory=EvalSettings)
@@ -201,7 +202,7 @@ def run(args: Args) -> Comparison:
     text = "\n\n".join([*lines, f"**{verdict.headline}.** {verdict.reason}"]) + "\n"
     text += "".join(f"\n{caution}\n" for caution in cautions(world))
     write_atomic(folder.path / "leaderboard.md", text)
-    seeds = {a: args.seeds or LEARNERS[a].seeds for a in comparer.agents if a in LEARNERS}
+    seeds = {a: comparer.seeds(a) for a in comparer.agents}
     provenance = {
         "command": command,
         "training commands": f"{args.runs}/<run>/command.txt, for example: "

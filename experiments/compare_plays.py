@@ -107,6 +107,21 @@ def _counted(lesson: Lesson) -> Lesson:
     return replace(lesson, make_env=make_env)
 
 
+def seeds_of(texts: Sequence[str]) -> dict[str, int]:
+    """Numbers of seeds by agent, from texts such as `ppo=10`.
+
+    Raises:
+        ValueError: When a text is none, or names no agent.
+    """
+    found = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        if name not in {*LEARNERS, *ROSTER} or not number.isdecimal() or int(number) < 1:
+            raise ValueError(f"--seeds-of {text!r}: expected AGENT=N with N at least 1, for example ppo=10")
+        found[name] = int(number)
+    return found
+
+
 class Comparer:
     """One comparison's work: what is trained, what is played, and how.
 
@@ -122,6 +137,7 @@ class Comparer:
         self.args = args = replace(args, evaluation=settings_of(args))
         self.agents: tuple[str, ...] = ()
         self.skipped: dict[str, str] = {}
+        self._seeds_of = seeds_of(args.seeds_of)
         self.world = load_world(args.world)
         chosen = tuple(a for part in args.agents for a in part.split(",") if a)
         for name in pick(chosen, tuple(LEARNERS)):
@@ -133,13 +149,19 @@ class Comparer:
             else:
                 self.agents += (name,)
 
+    def seeds(self, agent: str) -> int:
+        """Training seeds of an agent: those asked for it, for all, or its own; never more than the roster gives it."""
+        most = ROSTER[agent].seeds if agent in ROSTER else None
+        asked = self._seeds_of.get(agent) or self.args.seeds or most or LEARNERS[agent].seeds
+        return min(asked, most) if most else asked
+
     # ---- training
     def training_args(self, headroom: Headroom, cost_weight: float | None = None) -> list[TrainArgs]:
         """Every (learner, fold, seed), with the comparison's own cost weight or another one."""
         args, jobs = self.args, []
         weight = args.evaluation.cost_weight if cost_weight is None else cost_weight
         for agent in (a for a in self.agents if a in LEARNERS):
-            for seed in range(args.seed_base, args.seed_base + (args.seeds or LEARNERS[agent].seeds)):
+            for seed in range(args.seed_base, args.seed_base + self.seeds(agent)):
                 for fold in FOLDS:
                     jobs.append(
                         TrainArgs(
@@ -247,7 +269,7 @@ class Comparer:
             (name, self.args.seed_base + seed, learned, scored)
             for name in self.agents
             if name in ROSTER
-            for seed in range(min(self.args.seeds or ROSTER[name].seeds, ROSTER[name].seeds))
+            for seed in range(self.seeds(name))
             for learned, scored in (FOLDS, FOLDS[::-1])
         ]
 

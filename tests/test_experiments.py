@@ -118,6 +118,18 @@ def test_the_headroom_command_prints_its_line_and_keeps_its_result(
     assert row["responses"] == {fold: r.hash for fold, r in World.load(world_folder).responses.items()}
 
 
+def test_single_agents_may_have_other_numbers_of_seeds(world_folder: Path, tmp_path: Path) -> None:
+    args = _compare_args(world_folder, tmp_path, ("ppo", "population_ucb", "epsilon_greedy"))
+    comparer = compare.Comparer(dataclasses.replace(args, seeds=2, seeds_of=("ppo=3", "epsilon_greedy=9")))
+    # nothing is drawn in learning epsilon-greedy, so more seeds would repeat it
+    seeds = {agent: comparer.seeds(agent) for agent in comparer.agents}
+    assert seeds == {"ppo": 3, "population_ucb": 2, "epsilon_greedy": 1}
+    assert len(comparer.training_args(_Horizon(4))) == 6  # type: ignore[arg-type]
+    for wrong in ("ppo", "ppo=0", "dqn2=3"):
+        with pytest.raises(ValueError, match="expected AGENT=N"):
+            compare.Comparer(dataclasses.replace(args, seeds_of=(wrong,)))
+
+
 def test_compare_writes_every_file_and_a_second_run_trains_and_plays_nothing(
     world_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
