@@ -130,11 +130,16 @@ def test_one_strategy_alone_is_served_as_select_serves_it(leaving_world, action)
 REQUESTS = 24_000
 FAST = (("ppo", "types"), ("ppo", "drift"))
 """Learners and worlds that are played without `-m slow`."""
-KNOW_MASKS = ("ppo", "ppo_gru", "sb3_maskable_ppo")
-"""Learners that are told which strategies serve. The others meet an outage as a request without reward, and the specialist that
-never fails is a local optimum for them: they are held to its value, 2.0 of 2.25."""
-SEES = ("history", "request")
-"""What a trained network sees."""
+BLIND = ("blind_to_masks=True", "gamma=0.0")
+"""Learners that are not told which strategies serve meet an outage as a request that nothing serves. No choice has an effect on
+later requests in this world."""
+MASKED: dict[str, tuple[int, tuple[str, ...]]] = {
+    "sb3_ppo": (96_000, ("minibatch_size=128", "learning_rate=0.005", "ent_coef=0.05", "epochs=10")),
+    "sb3_dqn": (48_000, ("learning_rate=lin_0.003", "gradient_steps=8", "exploration_final_eps=0.2")),
+    "sb3_qrdqn": (48_000, ("learning_rate=lin_0.003", "gradient_steps=8", "exploration_final_eps=0.2", "batch_size=256")),
+}
+"""Requests and settings with which they find the outages by the request's number. The specialist that never fails is a local
+optimum, 2.0 of 2.25: leaving it in time takes many steps, and exploration that lasts."""
 
 
 @pytest.fixture(scope="module")
@@ -226,12 +231,13 @@ def test_every_learner_reaches_95_percent_of_the_known_optimum(known, agent, nam
         autoreset_mode="SameStep",
         **world.settings,
     )
-    args = learner_args(TrainArgs(agent=agent, steps=2 * REQUESTS, horizon=world.horizon))
+    steps, settings = 2 * REQUESTS, ()
+    if name == "masked" and agent in MASKED:
+        steps, settings = MASKED[agent][0], BLIND + MASKED[agent][1]
+    args = learner_args(TrainArgs(agent=agent, steps=steps, horizon=world.horizon, set=settings))
     policy = importlib.import_module(learner.module).train(env, args, progress=False).policy
-    target = known_worlds.target(world, SEES)
-    if name == "masked" and agent not in KNOW_MASKS:
-        target = known_worlds.value(world, FixedPolicy(world.world.strategies.index("specialist_1")), SEES)
-    assert 0.95 * target <= known_worlds.value(world, policy, SEES)
+    target = known_worlds.target(world)
+    assert 0.95 * target <= known_worlds.value(world, policy) <= target + 1e-4
 
 
 @pytest.mark.slow
