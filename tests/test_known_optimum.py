@@ -135,7 +135,7 @@ BLIND = ("blind_to_masks=True", "gamma=0.0")
 later requests in this world."""
 MASKED: dict[str, tuple[int, tuple[str, ...]]] = {
     "sb3_ppo": (96_000, ("minibatch_size=128", "learning_rate=0.005", "ent_coef=0.05", "epochs=10")),
-    "sb3_a2c": (96_000, ("n_steps=1", "ent_coef=0.2")),
+    "sb3_a2c": (128_000, ("n_steps=1", "ent_coef=0.15", "learning_rate=lin_0.005")),
     "sb3_trpo": (96_000, ("n_steps=8", "batch_size=128", "target_kl=0.01", "learning_rate=lin_0.005")),
     "sb3_recurrent_ppo": (48_000, ()),
     "sb3_dqn": (48_000, ("learning_rate=lin_0.003", "gradient_steps=8", "exploration_final_eps=0.2")),
