@@ -88,8 +88,7 @@ class Entry:
         note: One line on what it is.
         needs: Modules outside the core dependencies; the entry is skipped where one is missing.
         sees: What its choice can rest on, of `SIGHTS`; decides which known optimum it must reach (`tests/known_worlds.py`).
-        explores: Share of the requests that it spends on a uniform choice for ever.
-        settles: Whether it ends with the best strategy after a hundred answers; False where it goes on trying others.
+        answers: Of a user, with which it has settled on the best strategy where it must find it out from them.
     """
 
     kind: str
@@ -98,8 +97,7 @@ class Entry:
     note: str = ""
     needs: tuple[str, ...] = ()
     sees: tuple[str, ...] = ("history", "request")
-    explores: float = 0.0
-    settles: bool = True
+    answers: int = 90
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS or not set(self.sees) <= set(SIGHTS) or self.seeds < 1:
@@ -126,15 +124,14 @@ _SEES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("population_ucb", "population_thompson"), _ANSWERS),
     **dict.fromkeys(("neural_linear", "tuned_hierarchical"), _ALL),
 }
-_EXPLORES = {"epsilon_greedy": 0.1, "exp3": 0.1}
-_RESTLESS = ("softmax", "beta_thompson", "exp3")
-"""They still try others after a hundred answers."""
+_ANSWERS_NEEDED = {"exp3": 360}
+"""Rewards chosen by an adversary are the price: what it knows of a gap grows with the root of the requests only."""
 
 
 def _bandit(name: str) -> Entry:
     learn, seeds, note = BANDITS[name]
-    sees, explores = _SEES.get(name, ("history", "request")), _EXPLORES.get(name, 0.0)
-    return Entry("bandit", seeds, learn, note, sees=sees, explores=explores, settles=name not in _RESTLESS)
+    sees = _SEES.get(name, ("history", "request"))
+    return Entry("bandit", seeds, learn, note, sees=sees, answers=_ANSWERS_NEEDED.get(name, 90))
 
 
 ROSTER: dict[str, Entry] = {

@@ -24,8 +24,8 @@ from metarec_gym.seeding import stream
 from metarec_gym.world import World
 
 SLATE = 4
-SHORT, LONG = 8, 120
-"""Requests an episode: for policies that know at once what is best, and for those that must find it out from answers."""
+SHORT = 8
+"""Requests an episode for policies that know at once what is best; those that must find it out have it in the last quarter."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,12 @@ class Known:
     Attributes:
         world: The world.
         best: Best expected reward of each request, (horizon,).
-        uniform: Expected reward of a uniform choice at each request, a lower bound, (horizon,).
         settings: Of the environment.
         cost_weight: Of the environment.
     """
 
     world: World
     best: np.ndarray
-    uniform: np.ndarray
     settings: dict[str, Any] = field(default_factory=dict)
     cost_weight: float = 0.0
 
@@ -82,8 +80,7 @@ def _alike(horizon: int, levels: Sequence[float], popularity: Sequence[float] | 
 
 def types(horizon: int) -> Known:
     """Three types; a uniform choice is right for one specialist in three, and `mixed` shows all."""
-    one = SLATE * (0.6 + 2 * 0.1) / 3
-    return Known(_world(horizon), np.full(horizon, SLATE * 0.6), np.full(horizon, one))
+    return Known(_world(horizon), np.full(horizon, SLATE * 0.6))
 
 
 def drift(horizon: int) -> Known:
@@ -96,7 +93,7 @@ def drift(horizon: int) -> Known:
     falling, rising = taken(0.6, -1.0), taken(0.25, 1.0)
     settings = {"session_requests": horizon // 4, "drift": step}
     world = _alike(horizon, (0.6, 0.25, 0.1), popularity=(1.0, 0.0, 0.5))
-    return Known(world, SLATE * np.maximum(falling, rising), SLATE * (falling + rising + 0.1) / 4, settings)
+    return Known(world, SLATE * np.maximum(falling, rising), settings)
 
 
 def masked(horizon: int) -> Known:
@@ -111,16 +108,14 @@ def masked(horizon: int) -> Known:
         ("specialist_0", "removed", horizon - horizon // 8),
     )
     best = SLATE * np.where(out, 0.5, 0.6)
-    return Known(_alike(horizon, (0.6, 0.5, 0.1)), best, np.full(horizon, SLATE * 0.2), {"schedule": events})
+    return Known(_alike(horizon, (0.6, 0.5, 0.1)), best, {"schedule": events})
 
 
 def cost(horizon: int) -> Known:
     """Category 1 is liked more (0.7 against 0.6), but its specialist costs 0.467 and that of category 0 costs 0.2; weight 4."""
     weight, costs = 4.0, np.linspace(0.2, 1.0, 4)
     net = SLATE * np.array([0.6, 0.7, 0.1]) - weight * costs[:3]
-    worst = -weight * costs[3]
-    best = np.full(horizon, net.max())
-    return Known(_alike(horizon, (0.6, 0.7, 0.1)), best, np.full(horizon, (net.sum() + worst) / 4), {}, weight)
+    return Known(_alike(horizon, (0.6, 0.7, 0.1)), np.full(horizon, net.max()), {}, weight)
 
 
 WORLDS: dict[str, Callable[[int], Known]] = {"types": types, "drift": drift, "masked": masked, "cost": cost}
@@ -133,18 +128,17 @@ def reachable(name: str, sees: Sequence[str]) -> bool:
     return name not in NEEDS or bool(set(NEEDS[name]) & set(sees))
 
 
-def episode(sees: Sequence[str]) -> int:
-    """Requests an episode: who sees the history knows at once what is best, who sees nothing but answers must find it out."""
-    return LONG if "answers" in sees and "history" not in sees else SHORT
+def episode(sees: Sequence[str], answers: int = 90) -> int:
+    """Requests an episode: who sees the history knows at once what is best, who sees nothing but answers needs so many first."""
+    return answers * 4 // 3 if "answers" in sees and "history" not in sees else SHORT
 
 
-def target(known: Known, sees: Sequence[str], explores: float = 0.0) -> float:
-    """Best value a request, in the last quarter of the episode for who must find out, with a share spent on exploring."""
-    ideal = (1.0 - explores) * known.best + explores * known.uniform
-    return float(ideal[_first(known, sees) :].mean())
+def target(known: Known) -> float:
+    """Best value a request, in the last quarter of the episode for who must find out."""
+    return float(known.best[_first(known) :].mean())
 
 
-def value(known: Known, policy: Any, sees: Sequence[str]) -> float:
+def value(known: Known, policy: Any) -> float:
     """Expected reward a request on users of fold B, in the last quarter of the episode for who must find out."""
     starts = known.world.starts_of("B")
     result = rollout(
@@ -158,8 +152,8 @@ def value(known: Known, policy: Any, sees: Sequence[str]) -> float:
         cost_weight=known.cost_weight,
         env_settings=known.settings,
     )
-    return float(result.expected[:, :, _first(known, sees) :].mean())
+    return float(result.expected[:, :, _first(known) :].mean())
 
 
-def _first(known: Known, sees: Sequence[str]) -> int:
-    return known.horizon - known.horizon // 4 if episode(sees) == LONG else 0
+def _first(known: Known) -> int:
+    return known.horizon - known.horizon // 4 if known.horizon > SHORT else 0

@@ -70,6 +70,74 @@ def test_exp3_divides_by_the_probability_of_the_choice() -> None:
     assert float(policy.action_probs(OBS, ALL)[0, 2]) == pytest.approx(0.8 * w / (w + 3) + 0.05)
 
 
+def test_exp3_with_a_rate_takes_falling_steps_from_the_mean_that_it_has_seen() -> None:
+    policy = bandits.Exp3(K, rate=2.0)
+    policy.begin(1)
+    assert policy.action_probs(OBS, ALL).tolist() == [[0.25] * K]
+    # eta_1 = 2 sqrt(ln 4 / 4); gain 1 against a baseline of 1/2; divided by 1/4 + eta_1 / 2
+    first = 2.0 * math.sqrt(math.log(4) / 4)
+    policy.observe(OBS, torch.tensor([2]), torch.tensor([1.0]), ON)
+    gain = 0.5 / (0.25 + first / 2)
+    assert float(policy.log_weight[0, 2]) == pytest.approx(gain)
+    # eta_2 = eta_1 / sqrt(2) multiplies the whole gain; nothing is uniform
+    w = math.exp(first / math.sqrt(2) * gain)
+    assert float(policy.action_probs(OBS, ALL)[0, 2]) == pytest.approx(w / (w + 3))
+    # the baseline is now (1/2 + 1) / 2: a gain of 3/4 moves nothing
+    policy.observe(OBS, torch.tensor([1]), torch.tensor([0.75]), ON)
+    assert policy.log_weight[0].tolist() == [0.0, 0.0, pytest.approx(gain), 0.0]
+
+
+def test_epsilon_falls_as_requests_are_served() -> None:
+    # min(1, (3 / t)^power): 1 for three requests, then 3/4, or 9/16
+    for power, fourth in ((1.0, 3 / 4), (2.0, 9 / 16)):
+        policy = bandits.EpsilonGreedy(K, epsilon=1.0, decay=3.0, power=power)
+        policy.begin(2)
+        for t in range(3):
+            assert policy.exploration().tolist() == [[1.0], [pytest.approx(min(1.0, 3.0 / (t + 1)))]]
+            policy.observe(OBS.expand(2, -1), torch.tensor([t, t]), torch.ones(2), torch.tensor([False, True]))
+        # only the row that was served moves on
+        assert policy.exploration()[:, 0].tolist() == [1.0, pytest.approx(fourth)]
+        # strategies 0 to 2 have a mean of 1, 3 is untried and comes first
+        assert float(policy.action_probs(OBS.expand(2, -1), ALL.expand(2, -1))[1, 3]) == pytest.approx(
+            1 - fourth + fourth / K
+        )
+
+
+def test_boltzmann_gumbel_is_a_softmax_whose_temperature_falls_with_the_count() -> None:
+    # equal counts n: the argmax of Gumbel noise of scale C / sqrt(n) is a softmax of temperature C / sqrt(n) = 1/2
+    policy = bandits.BoltzmannGumbel(K, 0, scale=1.0, draws=4000)
+    feed(policy, [(k, reward) for k in range(K) for reward in [k / 4] * 4])
+    wanted = torch.softmax(torch.arange(K) / 4 / 0.5, dim=0)
+    torch.testing.assert_close(policy.action_probs(OBS, ALL)[0], wanted, atol=0.03, rtol=0)
+    # what is untried comes first, in equal shares
+    shares = feed(policy, [(1, 100.0)]).action_probs(OBS, ALL)[0].tolist()
+    assert shares == [
+        pytest.approx(1 / 3, abs=0.03),
+        0.0,
+        pytest.approx(1 / 3, abs=0.03),
+        pytest.approx(1 / 3, abs=0.03),
+    ]
+
+
+def test_beta_thompson_counts_a_request_as_many_trials_as_it_is_worth() -> None:
+    # rewards from -1 to 3 as fractions: 2 is 3/4 of a success, 3 of 4 trials
+    policy = feed(bandits.BetaThompson(K, 0, reward_low=-1.0, reward_range=4.0, trials=4.0), [(2, 2.0)])
+    a, b = policy.posterior()
+    assert a.tolist() == [[1.0, 1.0, 4.0, 1.0]]
+    assert b.tolist() == [[1.0, 1.0, 2.0, 1.0]]
+
+
+def test_exploration_that_settles_refuses_settings_without_a_meaning() -> None:
+    with pytest.raises(ValueError, match="decay is 0"):
+        bandits.EpsilonGreedy(K, decay=0.0)
+    with pytest.raises(ValueError, match="scale is -1"):
+        bandits.BoltzmannGumbel(K, 0, scale=-1.0)
+    with pytest.raises(ValueError, match="trials 0"):
+        bandits.BetaThompson(K, 0, trials=0.0)
+    with pytest.raises(ValueError, match="rate is 0"):
+        bandits.Exp3(K, rate=0.0)
+
+
 def test_exp3_takes_the_probabilities_of_a_late_answer_from_its_caller() -> None:
     prompt, late = bandits.Exp3(K, gamma=0.2), bandits.Exp3(K, gamma=0.2)
     for policy in (prompt, late):

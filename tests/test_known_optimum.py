@@ -130,11 +130,24 @@ def test_one_strategy_alone_is_served_as_select_serves_it(leaving_world, action)
 REQUESTS = 24_000
 FAST = (("ppo", "types"), ("ppo", "drift"))
 """Learners and worlds that are played without `-m slow`."""
-KNOW_MASKS = ("ppo", "ppo_gru", "sb3_maskable_ppo")
-"""Learners that are told which strategies serve. The others meet an outage as a request without reward, and the specialist that
-never fails is a local optimum for them: they are held to its value, 2.0 of 2.25."""
-SEES = ("history", "request")
-"""What a trained network sees."""
+BLIND = ("blind_to_masks=True", "gamma=0.0")
+"""Learners that are not told which strategies serve meet an outage as a request that nothing serves. No choice has an effect on
+later requests in this world."""
+MASKED: dict[str, tuple[int, tuple[str, ...]]] = {
+    "sb3_ppo": (96_000, ("minibatch_size=128", "learning_rate=0.005", "ent_coef=0.05", "epochs=10")),
+    "sb3_a2c": (128_000, ("n_steps=1", "ent_coef=0.15", "learning_rate=lin_0.005")),
+    "sb3_trpo": (96_000, ("n_steps=8", "batch_size=128", "target_kl=0.01", "learning_rate=lin_0.005")),
+    "sb3_recurrent_ppo": (48_000, ()),
+    "sb3_dqn": (48_000, ("learning_rate=lin_0.003", "gradient_steps=8", "exploration_final_eps=0.2")),
+    "sb3_qrdqn": (
+        48_000,
+        ("learning_rate=lin_0.003", "gradient_steps=8", "exploration_final_eps=0.2", "batch_size=256"),
+    ),
+}
+"""Requests and settings with which they find the outages by the request's number. The specialist that never fails is a local
+optimum, 2.0 of 2.25: leaving it in time takes many steps, and exploration that lasts."""
+SHORT_OF_MASKED = {"sb3_trpo": "2.10 of 2.25: it has no entropy bonus", "sb3_recurrent_ppo": "2.00 of 2.25"}
+"""Learners for which no such settings are known yet, with what they reach."""
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +186,7 @@ def test_the_stated_optimum_is_that_of_the_best_strategy_of_every_request(known,
         by_request.append(rewards)
     assert np.max(by_request, axis=0) == pytest.approx(world.best, abs=1e-4)
     # no strategy alone reaches 95 % in the worlds that are about switching
-    alone = [known_worlds.value(world, FixedPolicy(k), SEES) for k in range(world.world.n_strategies)]
+    alone = [known_worlds.value(world, FixedPolicy(k)) for k in range(world.world.n_strategies)]
     assert (max(alone) < 0.95 * world.best.mean()) == (name in ("drift", "masked"))
 
 
@@ -191,7 +204,7 @@ def test_every_agent_of_the_roster_reaches_95_percent_of_what_its_sight_allows(k
     entry = ROSTER[agent]
     if entry.missing():
         pytest.skip(f"needs {entry.missing()}")
-    world = known(name, known_worlds.episode(entry.sees))
+    world = known(name, known_worlds.episode(entry.sees, entry.answers))
     lesson = Lesson.of(
         world.world,
         "A",
@@ -201,16 +214,19 @@ def test_every_agent_of_the_roster_reaches_95_percent_of_what_its_sight_allows(k
         cost_weight=world.cost_weight,
         **world.settings,
     )
-    reached = known_worlds.value(world, entry.learn(lesson), entry.sees)
-    if entry.settles:
-        assert reached >= 0.95 * known_worlds.target(world, entry.sees, entry.explores)
-    # one that goes on trying others must be on its way: a tenth of what there is to win over a uniform choice
-    assert reached >= 0.1 * known_worlds.target(world, entry.sees) + 0.9 * known_worlds.target(world, entry.sees, 1.0)
-    assert reached <= known_worlds.target(world, entry.sees) + 1e-4
+    target = known_worlds.target(world)
+    assert 0.95 * target <= known_worlds.value(world, entry.learn(lesson)) <= target + 1e-4
+
+
+def _marks(agent, name):
+    marks = [] if (agent, name) in FAST else [pytest.mark.slow]
+    if name == "masked" and agent in SHORT_OF_MASKED:
+        marks.append(pytest.mark.xfail(reason=SHORT_OF_MASKED[agent], raises=AssertionError, strict=True))
+    return marks
 
 
 LEARNED = [
-    pytest.param(agent, name, marks=() if (agent, name) in FAST else pytest.mark.slow)
+    pytest.param(agent, name, marks=_marks(agent, name))
     for agent in LEARNERS
     if agent not in BLENDS
     for name in known_worlds.WORLDS
@@ -230,12 +246,13 @@ def test_every_learner_reaches_95_percent_of_the_known_optimum(known, agent, nam
         autoreset_mode="SameStep",
         **world.settings,
     )
-    args = learner_args(TrainArgs(agent=agent, steps=2 * REQUESTS, horizon=world.horizon))
+    steps, settings = 2 * REQUESTS, ()
+    if name == "masked" and agent in MASKED:
+        steps, settings = MASKED[agent][0], BLIND + MASKED[agent][1]
+    args = learner_args(TrainArgs(agent=agent, steps=steps, horizon=world.horizon, set=settings))
     policy = importlib.import_module(learner.module).train(env, args, progress=False).policy
-    target = known_worlds.target(world, SEES)
-    if name == "masked" and agent not in KNOW_MASKS:
-        target = known_worlds.value(world, FixedPolicy(world.world.strategies.index("specialist_1")), SEES)
-    assert 0.95 * target <= known_worlds.value(world, policy, SEES)
+    target = known_worlds.target(world)
+    assert 0.95 * target <= known_worlds.value(world, policy) <= target + 1e-4
 
 
 @pytest.mark.slow

@@ -147,6 +147,26 @@ def test_algorithms_without_masks_refuse_worlds_with_masks(name, settings, leavi
         module_of(name).train(make_env(leaving_world, "select", **settings), small(name, "select"), progress=False)
 
 
+@pytest.mark.parametrize("name", ["a2c", "dqn", "ppo"])
+def test_an_algorithm_that_is_blind_to_masks_learns_where_they_are_when_it_is_told_to(name, leaving_world) -> None:
+    env = make_env(leaving_world, "select", unavailable=("mixed",))
+    asked, step = [], env.step
+
+    def watched(actions: Any) -> Any:
+        asked.extend(np.asarray(actions).tolist())
+        return step(actions)
+
+    env.step = watched  # type: ignore[method-assign]
+    args = dataclasses.replace(small(name, "select"), blind_to_masks=True)
+    policy = module_of(name).train(env, args, progress=False).policy
+    out = env.strategy_names.index("mixed")
+    # in training it meets the outage, at play the mask is kept
+    assert out in asked
+    obs, info = env.reset(seed=1)
+    probs = policy.action_probs(torch.as_tensor(obs), torch.as_tensor(info["action_mask"]).bool())
+    assert float(probs[:, out].max()) == 0.0
+
+
 def test_maskable_ppo_never_asks_a_strategy_out_of_service(leaving_world) -> None:
     env = make_env(leaving_world, "select", unavailable=("mixed",), outage_rate=0.2)
     step, asked = env.step, []

@@ -2,7 +2,7 @@
 
 | file | bandits | learns from training users | learns inside the episode |
 |---|---|---|---|
-| `per_user` | epsilon-greedy, softmax, UCB1, Thompson (Gaussian, Beta), EXP3 | nothing | each user's own mean reward |
+| `per_user` | epsilon-greedy, softmax, Boltzmann-Gumbel, UCB1, Thompson, EXP3 | nothing | each user's own means |
 | `linear` | LinUCB and LinTS, disjoint and hybrid | one model, shared by all users | it goes on, or is frozen |
 | `neural` | neural-linear Thompson | a network and a Bayesian head per strategy | the head goes on for each user |
 | `population` | UCB and Thompson with the population's prior | how users' means are distributed | the posterior for the user |
@@ -21,6 +21,7 @@ from agents.bandits.linear import HybridLinTs, HybridLinUcb, LinTs, LinUcb
 from agents.bandits.neural import NeuralLinear
 from agents.bandits.per_user import (
     BetaThompson,
+    BoltzmannGumbel,
     EpsilonGreedy,
     Exp3,
     GaussianThompson,
@@ -35,6 +36,7 @@ from agents.bandits.tuned import learn_tuned, race
 __all__ = [
     "BANDITS",
     "BetaThompson",
+    "BoltzmannGumbel",
     "EpsilonGreedy",
     "Exp3",
     "Features",

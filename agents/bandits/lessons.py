@@ -14,7 +14,7 @@ from typing import Any
 from agents.bandits.hierarchical import HierarchicalUcb
 from agents.bandits.linear import HybridLinTs, HybridLinUcb, LinTs, LinUcb
 from agents.bandits.neural import NeuralLinear
-from agents.bandits.per_user import BetaThompson, EpsilonGreedy, Exp3, GaussianThompson, Softmax, Ucb1
+from agents.bandits.per_user import BetaThompson, BoltzmannGumbel, EpsilonGreedy, Exp3, GaussianThompson, Ucb1
 from agents.bandits.population import PopulationThompson, PopulationUcb
 from agents.bandits.tuned import learn_tuned
 from metarec_gym.seeding import stream
@@ -48,14 +48,15 @@ def _scale(lesson: Any, name: str) -> tuple[int, float, float, float]:
 
 
 def learn_epsilon_greedy(lesson: Any) -> EpsilonGreedy:
-    """Epsilon-greedy: nothing to learn."""
-    return EpsilonGreedy(lesson.world.n_strategies)
+    """Epsilon-greedy that explores in the first seventh of an episode: nothing to learn."""
+    # at power 2, decay requests at first and as many later; a constant share would never settle
+    return EpsilonGreedy(lesson.world.n_strategies, epsilon=1.0, decay=0.075 * lesson.horizon, power=2.0)
 
 
-def learn_softmax(lesson: Any) -> Softmax:
-    """Softmax with the deviation over users as temperature."""
-    k, mean, spread, _ = _scale(lesson, "softmax")
-    return Softmax(k, temperature=spread, prior_mean=mean)
+def learn_softmax(lesson: Any) -> BoltzmannGumbel:
+    """Boltzmann exploration whose temperature falls with what is known, at half of one request's deviation."""
+    k, _, _, noise = _scale(lesson, "softmax")
+    return BoltzmannGumbel(k, _seed(lesson, "softmax"), scale=max(0.5 * noise, 1e-6))
 
 
 def learn_ucb1(lesson: Any) -> Ucb1:
@@ -73,18 +74,29 @@ def learn_thompson(lesson: Any) -> GaussianThompson:
 
 
 def learn_beta_thompson(lesson: Any) -> BetaThompson:
-    """Beta-Bernoulli Thompson sampling; a success is a reward of mean plus two deviations."""
+    """Beta-Bernoulli Thompson sampling; success is within two deviations of the mean, a request as many trials as it is worth."""
     k, mean, spread, noise = _scale(lesson, "beta_thompson")
+    width = max(2.0 * (spread**2 + noise**2) ** 0.5, 1e-6)
     return BetaThompson(
-        k, _seed(lesson, "beta_thompson"), reward_range=max(mean + 2.0 * (spread**2 + noise**2) ** 0.5, 1e-6)
+        k,
+        _seed(lesson, "beta_thompson"),
+        reward_low=mean - width,
+        reward_range=2.0 * width,
+        # n trials of p = 1/2 have the variance 1 / (4 n), one request has (noise / range)^2
+        trials=(width / max(noise, 1e-6 * width)) ** 2,
+        draws=32,
     )
 
 
 def learn_exp3(lesson: Any) -> Exp3:
-    """EXP3 on rewards within two deviations of the mean."""
+    """Anytime EXP3 on rewards within a deviation of the mean.
+
+    The rate is large beside the theorem's, which holds for the worst sequence of rewards; then the probability of a poor strategy
+    falls within hundreds of requests instead of thousands.
+    """
     k, mean, spread, noise = _scale(lesson, "exp3")
-    width = max(2.0 * (spread**2 + noise**2) ** 0.5, 1e-6)
-    return Exp3(k, reward_low=mean - width, reward_high=mean + width)
+    width = max((spread**2 + noise**2) ** 0.5, 1e-6)
+    return Exp3(k, reward_low=mean - width, reward_high=mean + width, rate=6.0)
 
 
 def _linear(lesson: Any, name: str, make: Callable[[int, int, int], Any]) -> Any:

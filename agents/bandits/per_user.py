@@ -54,21 +54,52 @@ class _PerUser(Saved):
 class EpsilonGreedy(_PerUser):
     """The best mean so far, or with probability epsilon any strategy; untried ones come first.
 
+    With `decay` a user's request t explores with probability epsilon_t = min(epsilon, (decay / t)^power), and so settles. Power
+    1 is epsilon_n-greedy of Auer, Cesa-Bianchi and Fischer (2002, figure 3), whose `decay` is c K / d^2 for a gap d between the
+    best strategy and the next. Power 2 explores in `decay` requests at first and in as many ever after: for episodes of a known
+    length.
+
     Args:
         num_strategies: K.
-        epsilon: Share of the requests spent on a uniform choice.
+        epsilon: Share of the requests spent on a uniform choice; with `decay` the largest one.
         discount: Weight of an answer one request later; 1 = for ever.
+        decay: Requests after which exploration falls; None explores with `epsilon` for ever.
+        power: How fast it falls.
     """
 
-    def __init__(self, num_strategies: int, epsilon: float = 0.1, discount: float = 1.0) -> None:
+    def __init__(
+        self,
+        num_strategies: int,
+        epsilon: float = 0.1,
+        discount: float = 1.0,
+        decay: float | None = None,
+        power: float = 1.0,
+    ) -> None:
         super().__init__(num_strategies, discount)
-        self.epsilon = float(epsilon)
-        self.settings = {"num_strategies": self.num_strategies, "epsilon": self.epsilon, "discount": self.discount}
+        if decay is not None and (decay <= 0.0 or power <= 0.0):
+            raise ValueError(
+                f"decay is {decay} and power {power}; expected numbers above 0, or decay=None to explore for ever"
+            )
+        self.epsilon, self.decay, self.power = float(epsilon), decay, float(power)
+        self.settings = {
+            "num_strategies": self.num_strategies,
+            "epsilon": self.epsilon,
+            "discount": self.discount,
+            "decay": self.decay,
+            "power": self.power,
+        }
+
+    def exploration(self) -> Tensor:
+        """Share of uniform choices at each row's next request; float32 (num_rows, 1)."""
+        if self.decay is None:
+            return torch.full((len(self.served), 1), self.epsilon, device=self.served.device)
+        # epsilon_t = min(epsilon, (decay / t)^power)
+        return ((self.decay / (self.served[:, None] + 1.0)) ** self.power).clamp(max=self.epsilon)
 
     def action_probs(self, obs: Tensor, action_mask: Tensor) -> Tensor:
-        """(1 - epsilon) for the best, epsilon spread over all that are available."""
-        scores = torch.where(self.count == 0, torch.inf, self._mean())
-        return (1 - self.epsilon) * best_of(scores, action_mask) + self.epsilon * masked_uniform(action_mask)
+        """(1 - epsilon_t) for the best, epsilon_t spread over all that are available."""
+        scores, epsilon = torch.where(self.count == 0, torch.inf, self._mean()), self.exploration()
+        return (1 - epsilon) * best_of(scores, action_mask) + epsilon * masked_uniform(action_mask)
 
 
 class Softmax(_PerUser):
@@ -99,6 +130,47 @@ class Softmax(_PerUser):
         """Softmax of the means over the available strategies."""
         scores = torch.where(self.count == 0, self.prior_mean, self._mean()) / self.temperature
         return torch.softmax(scores.masked_fill(~action_mask, -torch.inf), dim=1)
+
+
+class BoltzmannGumbel(_PerUser):
+    """Boltzmann exploration that settles (Cesa-Bianchi, Gentile, Lugosi and Neu, 2017, section 4).
+
+    A softmax is the argmax of means with Gumbel noise of one scale for all. No one temperature that falls with time alone is
+    right: it must fall with what is known of each strategy, so the noise of strategy a has the scale C / sqrt(count_a). Untried
+    strategies come first.
+
+    Args:
+        num_strategies: K.
+        seed: Of the noise.
+        scale: C, the deviation of one request's reward around its mean.
+        draws: Draws of the noise that the probabilities are shares of.
+        discount: Weight of an answer one request later; 1 = for ever.
+    """
+
+    def __init__(
+        self, num_strategies: int, seed: int, *, scale: float = 1.0, draws: int = 64, discount: float = 1.0
+    ) -> None:
+        super().__init__(num_strategies, discount)
+        if scale <= 0.0:
+            raise ValueError(f"scale is {scale}, expected a number above 0")
+        self.seed, self.scale, self.draws = int(seed), float(scale), int(draws)
+        self.settings = {
+            "num_strategies": self.num_strategies,
+            "seed": self.seed,
+            "scale": self.scale,
+            "draws": self.draws,
+            "discount": self.discount,
+        }
+
+    def action_probs(self, obs: Tensor, action_mask: Tensor) -> Tensor:
+        """How often each strategy has the highest mean with its noise."""
+        keys = draw_keys(self.seed, "gumbel", self.served, self.draws, self.num_strategies)
+        # Gumbel = -ln(-ln U)
+        noise = -torch.log(-torch.log(uniform(keys).clamp(1e-7, 1.0 - 1e-7)))
+        scale = self.scale * torch.where(self.count > 0, self.count, 1.0).rsqrt()
+        # untried ones share the first place, by their noise
+        lead = torch.where(self.count == 0, 1e6 * self.scale, self._mean())
+        return win_shares(lead[:, None] + scale[:, None] * noise, action_mask)
 
 
 class Ucb1(_PerUser):
@@ -191,36 +263,56 @@ class GaussianThompson(_PerUser):
 
 
 class BetaThompson(_PerUser):
-    """Thompson sampling with Beta(1, 1) beliefs; a reward counts as the fraction `reward / reward_range` of a success.
+    """Thompson sampling with Beta(1, 1) beliefs; a reward counts as a fraction of success, (reward - low) / range.
+
+    A request is one Bernoulli trial in the classical rule. But an answer that is a fraction tells more than a coin does: the
+    reward of a slate of S items is S trials. Counted as one, beliefs stay far wider than the data, and the rule goes on trying
+    others long after it could know better. `trials` is how many one request is worth (the inverse dispersion of a
+    quasi-binomial likelihood: p (1 - p) over the variance of the fraction).
 
     Args:
         num_strategies: K.
         seed: Of the posterior draws.
-        reward_range: Reward of a perfect request; what lies outside [0, reward_range] is clipped.
+        reward_range: From the reward of a useless request to that of a perfect one; what lies outside is clipped.
         draws: Posterior draws that the probabilities are shares of.
         discount: Weight of an answer one request later; 1 = for ever.
+        reward_low: Reward of a useless request.
+        trials: Bernoulli trials that one request is worth.
     """
 
     def __init__(
-        self, num_strategies: int, seed: int, *, reward_range: float = 1.0, draws: int = 16, discount: float = 1.0
+        self,
+        num_strategies: int,
+        seed: int,
+        *,
+        reward_range: float = 1.0,
+        draws: int = 16,
+        discount: float = 1.0,
+        reward_low: float = 0.0,
+        trials: float = 1.0,
     ) -> None:
         super().__init__(num_strategies, discount)
+        if reward_range <= 0.0 or trials <= 0.0:
+            raise ValueError(f"reward_range is {reward_range} and trials {trials}; expected numbers above 0")
         self.seed, self.draws, self.reward_range = int(seed), int(draws), float(reward_range)
+        self.reward_low, self.trials = float(reward_low), float(trials)
         self.settings = {
             "num_strategies": self.num_strategies,
             "seed": self.seed,
             "reward_range": self.reward_range,
             "draws": self.draws,
             "discount": self.discount,
+            "reward_low": self.reward_low,
+            "trials": self.trials,
         }
 
     def observe(self, obs: Tensor, action: Tensor, reward: Tensor, alive: Tensor) -> None:
         """Adds the clipped fraction of a success."""
-        super().observe(obs, action, (reward / self.reward_range).clamp(0.0, 1.0), alive)
+        super().observe(obs, action, ((reward - self.reward_low) / self.reward_range).clamp(0.0, 1.0), alive)
 
     def posterior(self) -> tuple[Tensor, Tensor]:
         """Parameters a and b of the Beta belief about every strategy; float32 (num_rows, K) each."""
-        return 1.0 + self.total, 1.0 + self.count - self.total
+        return 1.0 + self.trials * self.total, 1.0 + self.trials * (self.count - self.total)
 
     def action_probs(self, obs: Tensor, action_mask: Tensor) -> Tensor:
         """How often each strategy is the best in a posterior draw."""
@@ -258,32 +350,49 @@ def gamma_draws(key: Tensor, shape: Tensor) -> Tensor:
 class Exp3(Saved):
     """Exponential weights for adversarial rewards (Auer, Cesa-Bianchi, Freund and Schapire, 2002, figure 1), a row a user.
 
+    That rule explores with `gamma` for ever. With `rate` it is the anytime form, which settles: request t has the step size
+    eta_t = rate * sqrt(ln K / (t K)) (Bubeck and Cesa-Bianchi, 2012, theorem 3.1), weights are exponential in eta_t times the
+    whole estimated gain, nothing is chosen uniformly, and the probability that the update divides by is raised by eta_t / 2,
+    which bounds its variance instead (implicit exploration: EXP3-IX of Neu, 2015). Gains then count from the mean that the row
+    has seen, a baseline known before the choice: estimates become less noisy, and a strategy that is out of service neither
+    gains nor loses.
+
     Its update divides by the probability with which the strategy was chosen. `observe` takes it from `probs`; without that it
     is the probability of the latest `action_probs`, so feedback that comes after further choices must bring its own.
 
     Args:
         num_strategies: K.
-        gamma: Share of uniform exploration in (0, 1]; it is the step size too.
+        gamma: Share of uniform exploration in (0, 1]; it is the step size too. Not used with `rate`.
         reward_low: Reward that counts as 0; what lies below is clipped.
         reward_high: Reward that counts as 1; what lies above is clipped.
+        rate: Factor of the falling step size; None keeps `gamma`.
     """
 
-    ROWS = ("log_weight", "last_probs")
+    ROWS = ("log_weight", "last_probs", "served", "total")
 
     def __init__(
-        self, num_strategies: int, gamma: float = 0.1, *, reward_low: float = 0.0, reward_high: float = 1.0
+        self,
+        num_strategies: int,
+        gamma: float = 0.1,
+        *,
+        reward_low: float = 0.0,
+        reward_high: float = 1.0,
+        rate: float | None = None,
     ) -> None:
         if not 0.0 < gamma <= 1.0 or reward_high <= reward_low:
             raise ValueError(
                 f"gamma is {gamma} and rewards lie in [{reward_low}, {reward_high}]; expected gamma in (0, 1] and low < high"
             )
-        self.num_strategies, self.gamma = int(num_strategies), float(gamma)
+        if rate is not None and rate <= 0.0:
+            raise ValueError(f"rate is {rate}, expected a number above 0, or None for a step size of gamma")
+        self.num_strategies, self.gamma, self.rate = int(num_strategies), float(gamma), rate
         self.reward_low, self.reward_high = float(reward_low), float(reward_high)
         self.settings = {
             "num_strategies": self.num_strategies,
             "gamma": self.gamma,
             "reward_low": self.reward_low,
             "reward_high": self.reward_high,
+            "rate": self.rate,
         }
         self.begin(0)
 
@@ -291,9 +400,21 @@ class Exp3(Saved):
         """Equal weights in every row."""
         self.log_weight = torch.zeros(num_rows, self.num_strategies, device=device)
         self.last_probs = torch.full_like(self.log_weight, 1.0 / self.num_strategies)
+        self.served, self.total = self.log_weight.new_zeros(num_rows), self.log_weight.new_zeros(num_rows)
+
+    def _step(self) -> Tensor:
+        """Step size of each row's next request; float32 (num_rows, 1)."""
+        k = self.num_strategies
+        # eta_t = rate sqrt(ln K / (t K))
+        return (self.rate or 0.0) * (math.log(k) / k / (self.served[:, None] + 1.0)).sqrt()
 
     def action_probs(self, obs: Tensor, action_mask: Tensor) -> Tensor:
         """(1 - gamma) by weight, gamma uniform, both over the available strategies."""
+        if self.rate is not None:
+            # with a rate, log_weight holds gains that the step size of the day multiplies
+            gains = (self._step() * self.log_weight).masked_fill(~action_mask, -torch.inf)
+            self.last_probs = torch.softmax(gains, dim=1)
+            return self.last_probs
         by_weight = torch.softmax(self.log_weight.masked_fill(~action_mask, -torch.inf), dim=1)
         self.last_probs = (1.0 - self.gamma) * by_weight + self.gamma * masked_uniform(action_mask)
         return self.last_probs
@@ -312,7 +433,16 @@ class Exp3(Saved):
         """
         chosen = (self.last_probs if probs is None else probs).gather(1, action[:, None])
         gain = ((reward.to(torch.float32) - self.reward_low) / (self.reward_high - self.reward_low)).clamp(0.0, 1.0)
+        on = alive.to(torch.float32)
+        if self.rate is not None:
+            # half of the range stands for one answer, so that the first gains are not 0
+            baseline = (self.total + 0.5) / (self.served + 1.0)
+            # G_a += (x_a - baseline) / (p_a + eta_t / 2)
+            estimate = (gain - baseline)[:, None] / (chosen + 0.5 * self._step())
+            self.log_weight = self.log_weight + one_hot_probs(action, self.num_strategies) * on[:, None] * estimate
+            self.served, self.total = self.served + on, self.total + on * gain
+            return
         # w_a *= exp(gamma * (x_a / p_a) / K), 0 for the others
         step = self.gamma * gain[:, None] / (chosen * self.num_strategies)
-        served = one_hot_probs(action, self.num_strategies) * alive.to(torch.float32)[:, None]
+        served = one_hot_probs(action, self.num_strategies) * on[:, None]
         self.log_weight = self.log_weight + served * step

@@ -71,16 +71,16 @@ class Algorithm:
 
         Raises:
             ValueError: When the algorithm cannot choose this kind of action, or strategies can be out of service and it knows
-                no masks.
+                no masks and is not told to learn without them.
         """
         action, name = env.config.action, self.name
         if action not in self.actions:
             ids = " or ".join(f"MetaRec/{kind.capitalize()}-v0" for kind in self.actions)
             raise ValueError(f"{name} cannot choose the actions of {action}; train it on {ids}")
-        if may_mask(env) and not self.masks:
+        if may_mask(env) and not self.masks and not args.blind_to_masks:
             raise ValueError(
                 f"{name} of Stable-Baselines3 knows no action masks, but strategies are unavailable; use agents.ppo or "
-                "sb3_maskable_ppo"
+                "sb3_maskable_ppo, or let it meet outages as requests that nothing serves: --set blind_to_masks=True"
             )
         strategies = tuple(env.strategy_names)
         history = _History()

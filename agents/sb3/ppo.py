@@ -67,6 +67,9 @@ class Args:
     """Widths of the tanh layers, of actor and critic alike."""
     stats_window: int = 256
     """Episodes that the logged mean return and length run over."""
+    blind_to_masks: bool = False
+    """Learn where strategies can be out of service although masks are not known: chosen, such a strategy serves nothing and
+    the reward tells. The policy that is played leaves them alone."""
 
 
 def defaults_for(env_id: str) -> Args:

@@ -26,6 +26,9 @@ class Settings:
     """Widths of the tanh layers."""
     stats_window: int = 256
     """Episodes that the logged mean return and length run over."""
+    blind_to_masks: bool = False
+    """Learn where strategies can be out of service although masks are not known: chosen, such a strategy serves nothing and
+    the reward tells. The policy that is played leaves them alone."""
 
     def arguments(self, seed: int, network: tuple[str, ...] = ()) -> dict[str, Any]:
         """Keyword arguments of the algorithm's constructor.
@@ -35,7 +38,7 @@ class Settings:
             network: Fields that describe the network: they go to the policy.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("seed", "total_steps", "hidden", "stats_window"):
+        for name in ("seed", "total_steps", "hidden", "stats_window", "blind_to_masks"):
             del values[name]
         policy = {"net_arch": list(self.hidden), "activation_fn": torch.nn.Tanh}
         policy |= {name: values.pop(name) for name in network}
