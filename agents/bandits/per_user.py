@@ -94,7 +94,8 @@ class EpsilonGreedy(_PerUser):
         if self.decay is None:
             return torch.full((len(self.served), 1), self.epsilon, device=self.served.device)
         # epsilon_t = min(epsilon, (decay / t)^power)
-        return ((self.decay / (self.served[:, None] + 1.0)) ** self.power).clamp(max=self.epsilon)
+        share: Tensor = (self.decay / (self.served[:, None] + 1.0)) ** self.power
+        return share.clamp(max=self.epsilon)
 
     def action_probs(self, obs: Tensor, action_mask: Tensor) -> Tensor:
         """(1 - epsilon_t) for the best, epsilon_t spread over all that are available."""
@@ -406,7 +407,8 @@ class Exp3(Saved):
         """Step size of each row's next request; float32 (num_rows, 1)."""
         k = self.num_strategies
         # eta_t = rate sqrt(ln K / (t K))
-        return (self.rate or 0.0) * (math.log(k) / k / (self.served[:, None] + 1.0)).sqrt()
+        falling: Tensor = math.log(k) / k / (self.served[:, None] + 1.0)
+        return falling.sqrt() * (self.rate or 0.0)
 
     def action_probs(self, obs: Tensor, action_mask: Tensor) -> Tensor:
         """(1 - gamma) by weight, gamma uniform, both over the available strategies."""
