@@ -1,15 +1,16 @@
 """The step of `MetaRecVectorEnv` for one user: the same numbers from a tenth of the calls.
 
-A call of torch costs microseconds however few numbers it handles, and a step makes some four hundred. Here whole numbers, products
-and additions of one row are numpy's, on views of the batch's own state. What rounds by its order or by its vector unit (sums,
-matrix products, exp, log, tanh) stays torch's, on blocks laid out as the batch has them, so that every bit is the batch's
-(`tests/test_one_row.py`). Settings that are rare or dear (episodes of several sessions, outages, fatigue, pair noise, logged
-answers) are left to the batch.
+A call of torch costs microseconds however few numbers it handles, and a step makes some four hundred. Here whole numbers,
+products and additions of one row are numpy's, on views of the batch's own state. What rounds by its order or by its vector
+unit (sums, matrix products, exp, log, tanh) stays torch's, on blocks laid out as the batch has them, so that every bit is the
+batch's (`tests/test_one_row.py`). Settings that are rare or dear (episodes of several sessions, outages, fatigue, pair noise,
+logged answers) are left to the batch. The privileged `expected_reward`, which a single environment does not offer, is not kept.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,21 @@ class _Block:
         return self.whole.sum(dim=dims).numpy()[0]
 
 
+class _Numbers:
+    """Memory for `size` numbers that go through exp, log or tanh: whole blocks, whose vector unit leaves no remainder."""
+
+    def __init__(self, *shape: int) -> None:
+        size = math.prod(shape)
+        self.whole = torch.zeros(size + -size % ROW_MULTIPLE)
+        self._size, self._shape = size, shape
+        self.row: Floats = self.whole.numpy()[:size].reshape(shape)
+
+    def through(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Floats:
+        """What the function makes of `row`."""
+        made: Floats = function(self.whole).numpy()[: self._size].reshape(self._shape)
+        return made
+
+
 class OneRow:
     """Steps the only row of a batch.
 
@@ -57,19 +73,20 @@ class OneRow:
         if not isinstance(judge, FrozenResponse):
             raise TypeError(f"the judge is a {type(judge).__name__}, expected a FrozenResponse; ask can_step first")
         self._batch, self._tables, self._judge, self._slate_size = batch, tables, judge, batch.slate_size
-        self._kind, self._outcomes, strategies = batch.config.action, len(batch.world.outcomes), batch.world.n_strategies
+        self._kind, strategies = batch.config.action, batch.world.n_strategies
+        self._outcomes = len(batch.world.outcomes)
         self._lists, self._item_profile = tables.lists.numpy(), tables.item_profile.numpy()
         self._weights, self._cost, self._latency = (
             x.numpy() for x in (tables.outcome_weights, tables.cost, tables.latency)
         )
-        self._slices, self._places = batch.feature_slices, np.arange(self._slate_size)
         self._outcome_ids = np.arange(self._outcomes)
         self._state: UserState | None = None
         self._obs: Floats = np.zeros(batch.single_observation_space.shape or (), dtype=np.float32)
+        self._seen = {name: self._obs[where] for name, where in batch.feature_slices.items()}
         # the judge's tables
         t = judge.tensors
         self._table, self._items = judge._table.numpy(), t["item_input"].numpy()
-        self._trend = t["trend"].numpy() if judge.has_trend else None
+        self._trend: Floats | None = None
         gate = t["position_logit"][: self._slate_size].numpy()
         self._gate_offsets = [gate, tables.gate_offset.numpy()] if tables.shifts_gate else [gate]
         self._leaving = t["leaving"].numpy()
@@ -84,13 +101,15 @@ class OneRow:
         self._products, self._product_sum = self._pair(size, outcomes, self._table.shape[2])
         self._vectors, self._vector_sum = self._pair(judge.n_decays + 1, size, judge.dim)
         self._taken_profile, self._profile_sum = self._pair(1, size, self._item_profile.shape[1])
-        self._exp, self._few, self._expected, self._parts = (
-            _Block(size, outcomes), _Block(1), _Block(size, outcomes), _Block(outcomes),
-        )  # fmt: skip
+        self._exp, self._number, self._parts = _Numbers(size, outcomes), _Numbers(1), _Block(outcomes)
         self._worth, self._own, self._asked = _Block(size, outcomes), _Block(size, strategies), _Block(strategies)
-        self._log1p, self._tanh = _Block(strategies + 1), _Block(strategies + 1)
+        self._log1p, self._tanh = _Numbers(strategies + 1), _Numbers(strategies + 1)
         categories = self._item_profile.shape[1] - tables.n_taste - 1
-        self._share, self._entropy = _Block(categories), _Block(categories)
+        self._share, self._entropy = _Numbers(categories), _Block(categories)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the arrays are views of the tensors; a copy made of both would tear them apart
+        return OneRow, (self._batch,)
 
     @staticmethod
     def _pair(*shape: int) -> tuple[Floats, torch.Tensor]:
@@ -114,9 +133,10 @@ class OneRow:
         )
 
     # ------------------------------------------------------------------------------------------ an episode's beginning
-    def _bind(self, state: UserState, obs: Floats) -> None:
-        """Looks at a state that the batch has made; `obs` (obs_dim,) is its observation."""
-        self._state, row = state, {}
+    def begin(self, obs: Floats) -> None:
+        """Looks at the state that the batch has made; `obs` (obs_dim,) is its observation."""
+        state, row = self._batch._current(), {}
+        self._state = state
         for name in (
             "response", "shown", "profile", "strategy_count", "strategy_reward", "last_share", "available",
             "engaged", "unrewarded", "request", "last_reward", "terminated", "truncated",
@@ -137,7 +157,8 @@ class OneRow:
         effects = self._tables.effects[member, int(self._user_id)].numpy()
         scale, split = judge.tensors["dynamic_scale"].numpy(), judge.n_static
         self._recent, self._whole = effects[:, split + 1, None] * scale[0], effects[:, split + 2, None] * scale[1]
-        self._trend_effect = effects[:, split]
+        if judge.has_trend:
+            self._trend, self._trend_effect = judge.tensors["trend"].numpy()[self._period], effects[:, split]
         self._user[:, judge.rank + judge.dim : -1] = effects[:, :split]
         self._calibration = judge._scale[member].numpy(), judge._shift[member].numpy()
         self._look()
@@ -148,8 +169,8 @@ class OneRow:
         width, rank = judge.n_decays * judge.dim, judge.rank
         inputs[:width] = response[:width]
         inputs[width:-1] = response[width:-1] / max(response[-1], np.float32(1.0))
-        self._few.row[0] = response[-1]
-        inputs[-1] = torch.log1p(self._few.whole).numpy()[0, 0] / np.float32(7.0)
+        self._number.row[0] = response[-1]
+        inputs[-1] = self._number.through(torch.log1p)[0] / np.float32(7.0)
         self._user[:, :rank] = judge.tower(self._inputs.whole, self._member)[0].numpy()
         recent = inputs[: judge.dim] * self._recent
         recent += inputs[width:-1] * self._whole
@@ -165,22 +186,24 @@ class OneRow:
         if chosen is None:
             return None
         if state is not self._state:
-            self._bind(state, self._batch._observe().numpy()[0])
+            self.begin(self._batch._observe().numpy()[0])
         now, tables = self._now, self._tables
         request = int(now["request"][0])
         slate, owner, share, asked = self._plan(chosen, request)
         valid = slate >= 0
-        probs = self._probs(slate, valid)
+        full = bool(valid.all())
+        probs = self._probs(slate, None if full else valid)
         key = fold_in_one(self._draw_key, request)
         outcomes = uniform_of(key, slate[:, None] * self._outcomes + self._outcome_ids) < probs
         outcomes &= outcomes[:, :1]
         parts = np.add.reduce(outcomes, axis=0, dtype=np.float32) * self._weights
-        cost = self._asked.sum(asked * self._cost, 1) * self._cost_weight
-        latency = (asked * self._latency).max()
-        reward = self._parts.sum(parts, 1) - cost - latency
-        joint = probs.copy()
-        joint[:, 1:] *= probs[:, :1]
-        expected = self._expected.sum(joint * self._weights, 1, 2) - cost - latency
+        if self._kind == "select":
+            cost, latency = self._cost[chosen] * self._cost_weight, self._latency[chosen]
+        else:
+            cost = self._asked.sum(asked * self._cost, 1) * self._cost_weight
+            latency = (asked * self._latency).max()
+        # the sum of two numbers has one order
+        reward = (parts[0] + parts[1] if len(parts) == 2 else self._parts.sum(parts, 1)) - cost - latency
         taken = outcomes[:, 0]
         count = int(np.count_nonzero(taken))
         unrewarded = np.float32(0.0) if count else now["unrewarded"][0] + np.float32(1.0)
@@ -194,12 +217,11 @@ class OneRow:
         now["last_reward"][0], now["unrewarded"][0], now["request"][0] = reward, unrewarded, request + 1
         now["terminated"][0], now["truncated"][0] = left, request + 1 >= self._batch.horizon
         if count:
-            self._take(np.where(valid, slate, 0), taken, count)
+            self._take(slate if full else np.where(valid, slate, 0), taken, count)
         if tables.service_changes:
             now["available"][:] = tables.service.numpy()[request + 1]
         self._return[0] += reward
         self._length[0] += 1
-        self._batch.expected_reward = torch.from_numpy(np.array([expected]))
         info = {
             "action_mask": now["available"].astype(np.int8),
             "user": self._user_id,
@@ -218,9 +240,12 @@ class OneRow:
             info["strategy_weights"] = share
         return self._observe(bool(count)), float(reward), bool(left), request + 1 >= self._batch.horizon, info
 
-    def _chosen(self, action: Any) -> NDArray[Any] | None:
-        """The action as an array of its space's kind; None where it does not belong to it, which the batch explains."""
-        chosen, strategies = np.asarray(action), self._cost.shape[0]
+    def _chosen(self, action: Any) -> Any:
+        """The action as a number or an array of its space's kind; None where the batch must explain what is wrong."""
+        strategies = self._cost.shape[0]
+        if self._kind == "select" and type(action) in (int, np.int64):
+            return action if 0 <= action < strategies else None
+        chosen = np.asarray(action)
         if self._kind == "blend":
             fits = chosen.shape == (strategies,) and not np.isnan(chosen).any()
             return chosen.astype(np.float32) if fits else None
@@ -229,7 +254,7 @@ class OneRow:
             return None
         return chosen.astype(np.int64) if ((chosen >= 0) & (chosen < strategies)).all() else None
 
-    def _plan(self, action: NDArray[Any], request: int) -> tuple[Any, Any, Any, Any]:
+    def _plan(self, action: Any, request: int) -> tuple[Any, Any, Any, Any]:
         """Slate, owner of each place, shares and strategies asked, as `actions.Plan` of one row."""
         strategies, size = self._cost.shape[0], self._slate_size
         if self._kind == "blend":
@@ -267,22 +292,21 @@ class OneRow:
         found: NDArray[Any] = items[np.flatnonzero(self._now["shown"][items] == 0)[: self._slate_size]]
         return found
 
-    def _probs(self, slate: NDArray[np.int64], valid: NDArray[np.bool_]) -> Floats:
-        """As `dynamics.slate_probs`; (slate_size,) -> (slate_size, n_outcomes)."""
-        whole = bool(valid.all())
-        items = slate if whole else np.where(valid, slate, int(self._tables.askable[int(self._user_id)]))
+    def _probs(self, slate: NDArray[np.int64], valid: NDArray[np.bool_] | None) -> Floats:
+        """As `dynamics.slate_probs`; (slate_size,) -> (slate_size, n_outcomes). None: every place holds an item."""
+        items = slate if valid is None else np.where(valid, slate, int(self._tables.askable[int(self._user_id)]))
         np.multiply(self._table[items + self._member * self._judge.n_items], self._user, out=self._products)
         score = self._product_sum.sum(dim=-1).numpy()
         if self._trend is not None:
-            score += self._trend[self._period, items][:, None] * self._trend_effect
+            score += self._trend[items][:, None] * self._trend_effect
         scale, shift = self._calibration
         score *= scale
         score += shift
         for offset in self._gate_offsets:
             score[:, 0] += offset
         np.negative(score, out=self._exp.row)
-        probs: Floats = np.float32(1.0) / (np.float32(1.0) + torch.exp(self._exp.whole).numpy()[0])
-        return probs if whole else probs * valid[:, None]
+        probs: Floats = np.float32(1.0) / (np.float32(1.0) + self._exp.through(torch.exp))
+        return probs if valid is None else probs * valid[:, None]
 
     def _leaves(self, key: int, unrewarded: np.float32, count: int, valid: NDArray[np.bool_]) -> bool:
         """As `dynamics.leave_prob`, and its draw."""
@@ -292,8 +316,8 @@ class OneRow:
         else:
             weight, size = self._leaving, max(np.float32(np.count_nonzero(valid)), one)
             logit = weight[0] + weight[1] * unrewarded + weight[2] * (np.float32(count) / size)
-        self._few.row[0] = -logit
-        prob = one / (one + torch.exp(self._few.whole).numpy()[0, 0])
+        self._number.row[0] = -logit
+        prob = one / (one + self._number.through(torch.exp)[0])
         return bool(uniform_of(key, np.array([LEAVE_DRAW]))[0] < prob)
 
     def _credit(self, outcomes: Any, owner: Any, share: Floats, asked: Any, latency: np.float32) -> Floats:
@@ -324,30 +348,32 @@ class OneRow:
 
     def _observe(self, moved: bool) -> Floats:
         """As `observation.observe`; the blocks that stay as they were are not written again."""
-        now, obs, at, batch = self._now, self._obs, self._slices, self._batch
+        now, seen, batch = self._now, self._seen, self._batch
         scale, count = np.float32(batch._reward_scale), now["strategy_count"]
         if moved:
             engaged, taste = max(now["engaged"][0], np.float32(1.0)), self._tables.n_taste
             profile = now["profile"]
-            obs[at["taste"]] = profile[:taste] / engaged
-            obs[at["popularity_affinity"]] = profile[-1] / engaged
+            np.divide(profile[:taste], engaged, out=seen["taste"])
+            seen["popularity_affinity"][0] = profile[-1] / engaged
             if self._category.shape[1]:
                 total = max(self._category.sum(dim=1).numpy()[0], np.float32(1e-6))
                 share = profile[taste:-1] / total
                 np.maximum(share, np.float32(1e-9), out=self._share.row)
-                entropy = -self._entropy.sum(share * torch.log(self._share.whole).numpy()[0], 1)
-                obs[at["category_entropy"]] = entropy / np.float32(math.log(max(len(share), 2)))
+                entropy = -self._entropy.sum(share * self._share.through(torch.log), 1)
+                seen["category_entropy"][0] = entropy / np.float32(math.log(max(len(share), 2)))
         self._log1p.row[:-1], self._log1p.row[-1] = count, now["engaged"][0]
-        logs = torch.log1p(self._log1p.whole).numpy()[0]
-        self._tanh.row[:-1] = now["strategy_reward"] / (count + np.float32(1.0)) / scale
-        self._tanh.row[-1] = now["last_reward"][0] / scale
-        tanhs = torch.tanh(self._tanh.whole).numpy()[0]
-        obs[at["history_length"]] = logs[-1] / np.float32(math.log1p(1000.0))
-        obs[at["unrewarded_requests"]] = now["unrewarded"][0] / np.float32(10.0)
-        obs[at["request_fraction"]] = np.float32(now["request"][0]) / np.float32(batch.horizon)
-        obs[at["last_reward"]] = tanhs[-1]
-        obs[at["last_strategy"]] = now["last_share"]
-        obs[at["strategy_count"]] = logs[:-1] / np.float32(math.log1p(batch.horizon))
-        obs[at["strategy_mean_reward"]] = tanhs[:-1]
-        seen: Floats = np.maximum(np.minimum(obs, np.float32(1.0)), np.float32(-1.0))
-        return seen
+        logs = self._log1p.through(torch.log1p)
+        rewards = self._tanh.row
+        np.divide(now["strategy_reward"], count + np.float32(1.0), out=rewards[:-1])
+        rewards[-1] = now["last_reward"][0]
+        rewards /= scale
+        tanhs = self._tanh.through(torch.tanh)
+        seen["history_length"][0] = logs[-1] / np.float32(math.log1p(1000.0))
+        seen["unrewarded_requests"][0] = now["unrewarded"][0] / np.float32(10.0)
+        seen["request_fraction"][0] = np.float32(now["request"][0]) / np.float32(batch.horizon)
+        seen["last_reward"][0] = tanhs[-1]
+        seen["last_strategy"][:] = now["last_share"]
+        np.divide(logs[:-1], np.float32(math.log1p(batch.horizon)), out=seen["strategy_count"])
+        seen["strategy_mean_reward"][:] = tanhs[:-1]
+        obs: Floats = np.minimum(self._obs, np.float32(1.0))
+        return np.maximum(obs, np.float32(-1.0), out=obs)

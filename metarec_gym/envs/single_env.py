@@ -61,6 +61,8 @@ class MetaRecEnv(gymnasium.Env[NDArray[np.float32], Any]):
             seed = int(self.np_random.integers(2**62))
         batch = {name: np.atleast_1d(value) for name, value in (options or {}).items()}
         obs, info = self._batch.reset(seed=seed, options=batch)
+        if self._row is not None:
+            self._row.begin(obs[0])
         return obs[0], self._one(info)
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
