@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from metarec_gym.envs.single_env import MetaRecEnv
 from metarec_gym.envs.vector_env import MetaRecVectorEnv
 from metarec_gym.world import World
 
@@ -35,6 +36,18 @@ def played(
         action = (row * 7 + t * 3 + row * t) % world.n_strategies
         given = action.numpy() if output == "numpy" else action.to(device)
         found.append(tuple(_array(value)[:rows] for value in env.step(given)[:4]))
+    return found
+
+
+def played_alone(world: World, *, first: int, steps: int = STEPS) -> list[Any]:
+    """`played` for row `first` by the single environment, which steps its row in its own way."""
+    env = MetaRecEnv(world)
+    found: list[Any] = [(env.reset(seed=SEED + first)[0][None],)]
+    for t in range(steps):
+        obs, reward, terminated, truncated, _ = env.step((first * 7 + t * 3 + first * t) % world.n_strategies)
+        if terminated or truncated:
+            obs, _ = env.reset()
+        found.append((obs[None], np.float32([reward]), np.array([terminated]), np.array([truncated])))
     return found
 
 
@@ -85,6 +98,7 @@ def hashes(world: World, device: str, *, rows: int = 16, steps: int = STEPS, pro
     ways["one row at a time"] = digest(
         [played(world, device, first=f, rows=1, batch=1, output="torch", steps=steps) for f in range(rows)]
     )
+    ways["single environments"] = digest([played_alone(world, first=f, steps=steps) for f in range(rows)])
     try:
         torch.set_num_threads(2)
         ways["2 threads"] = digest([plain()])

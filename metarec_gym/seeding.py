@@ -12,11 +12,12 @@ The mixer is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittabl
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -29,6 +30,8 @@ def _as_int64(value: int) -> int:
 _GOLDEN = _as_int64(0x9E3779B97F4A7C15)
 _MIX_1 = _as_int64(0xBF58476D1CE4E5B9)
 _MIX_2 = _as_int64(0x94D049BB133111EB)
+_ALL_BITS = 0xFFFFFFFFFFFFFFFF
+_UNSIGNED_GOLDEN = 0x9E3779B97F4A7C15
 _UNSIGNED_1, _UNSIGNED_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
@@ -79,10 +82,14 @@ def _mix_on_cpu(x: Tensor) -> Tensor:
     """`mix` by numpy: shifts of unsigned numbers need no mask, and a call costs half of torch's."""
     import torch
 
-    bits = x.numpy().view("uint64")
+    return torch.from_numpy(_mix_bits(x.numpy().view("uint64")).view("int64"))
+
+
+def _mix_bits(bits: Any) -> Any:
+    """`mix` of an array of uint64."""
     bits = (bits ^ (bits >> 30)) * _UNSIGNED_1
     bits = (bits ^ (bits >> 27)) * _UNSIGNED_2
-    return torch.from_numpy((bits ^ (bits >> 31)).view("int64"))
+    return bits ^ (bits >> 31)
 
 
 def fold_in(key: Tensor, value: Tensor | int) -> Tensor:
@@ -98,6 +105,23 @@ def fold_in(key: Tensor, value: Tensor | int) -> Tensor:
     # the odd constant keeps value 0 from mapping a key onto itself; Python integers do not wrap by themselves
     step = _as_int64((value + 1) * _GOLDEN) if isinstance(value, int) else (value + 1) * _GOLDEN
     return mix(key + step)
+
+
+def fold_in_one(key: int, value: int) -> int:
+    """`fold_in` of one key, in [0, 2**64), by Python's integers; `value` of either sign."""
+    bits = (key + (value + 1) * _GOLDEN) & _ALL_BITS
+    bits = ((bits ^ (bits >> 30)) * _UNSIGNED_1) & _ALL_BITS
+    bits = ((bits ^ (bits >> 27)) * _UNSIGNED_2) & _ALL_BITS
+    return bits ^ (bits >> 31)
+
+
+def uniform_of(key: int, value: NDArray[np.int64]) -> NDArray[np.float32]:
+    """`uniform(fold_in(key, value))` of one key and few values, without torch; the same bits."""
+    import numpy as np
+
+    bits = _mix_bits(_mix_bits(value.view(np.uint64) * _UNSIGNED_GOLDEN + ((key + _UNSIGNED_GOLDEN) & _ALL_BITS)))
+    draw: NDArray[np.float32] = (bits >> 40).astype(np.float32) * np.float32(2.0**-24)
+    return draw
 
 
 def uniform(key: Tensor) -> Tensor:

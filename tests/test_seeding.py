@@ -59,6 +59,14 @@ def test_normal_draws_have_mean_zero_and_variance_one():
     assert abs(float(draws.var()) - 1.0) < 0.02
 
 
+def test_draws_of_one_key_without_torch_are_the_same_bits():
+    for key in (0, -1, 2**62, -(2**63)):
+        values = torch.tensor([-7, -1, 0, 1, 5, 2**40])
+        children = seeding.fold_in(torch.tensor([key]), values)
+        assert [seeding.fold_in_one(key, int(v)) for v in values] == [int(c) % 2**64 for c in children]
+        assert torch.equal(torch.from_numpy(seeding.uniform_of(key, values.numpy())), seeding.uniform(children))
+
+
 def test_no_global_generator_is_touched():
     before = torch.random.get_rng_state()
     seeding.torch_generator(3, "a")

@@ -83,7 +83,15 @@ def test_a_policy_chooses_from_the_last_observation(world):
 
 def test_the_hash_is_equal_in_every_way_of_playing(world):
     found = hashes(world, "cpu", rows=4, steps=8, processes=False)
-    assert set(found["ways"]) == {"tensors", "arrays", "batch of 20", "two batches", "one row at a time", "2 threads"}
+    assert set(found["ways"]) == {
+        "tensors",
+        "arrays",
+        "batch of 20",
+        "two batches",
+        "one row at a time",
+        "single environments",
+        "2 threads",
+    }
     assert found["equal"]
 
 

@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from metarec_gym.envs.one_row import OneRow
 from metarec_gym.envs.vector_env import MetaRecVectorEnv
 from metarec_gym.world import World
 
@@ -35,6 +36,7 @@ class MetaRecEnv(gymnasium.Env[NDArray[np.float32], Any]):
         )
         # with one row there is nothing to tell apart
         self._batch._masked_infos = False
+        self._row = OneRow(self._batch) if OneRow.can_step(self._batch) else None
         self.render_mode = render_mode
         self.observation_space = self._batch.single_observation_space
         self.action_space = self._batch.single_action_space
@@ -59,10 +61,15 @@ class MetaRecEnv(gymnasium.Env[NDArray[np.float32], Any]):
             seed = int(self.np_random.integers(2**62))
         batch = {name: np.atleast_1d(value) for name, value in (options or {}).items()}
         obs, info = self._batch.reset(seed=seed, options=batch)
+        if self._row is not None:
+            self._row.begin(obs[0])
         return obs[0], self._one(info)
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Serves one request; see `MetaRecVectorEnv.step`."""
+        alone = None if self._row is None else self._row.step(action)
+        if alone is not None:
+            return alone
         obs, reward, terminated, truncated, info = self._batch.step(np.asarray(action)[None])
         return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), self._one(info)
 

@@ -242,6 +242,8 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
     def _begin(self, mask: Tensor, start: Tensor | None = None, noise: Tensor | None = None) -> None:
         """Starts the episodes of the rows of `mask` (bool (rows,))."""
         start, draw_key = self._episodes.draw(self._tables, start, noise)
+        # where every row begins there is nothing to keep; on CUDA the question would wait for the device
+        whole = self._state is None or (self.device.type == "cpu" and bool(mask.all()))
         if self._state is None:
             shown = torch.zeros(self._rows, self.world.n_items + 1, dtype=torch.uint8, device=self.device)
         else:
@@ -249,7 +251,7 @@ class MetaRecVectorEnv(VectorEnv[Any, Any, Any]):
             shown.masked_fill_(mask[:, None], 0)
         shown[:, -1] = 1
         fresh = fresh_rows(self._tables, start, draw_key, shown, self.horizon * self.slate_size)
-        self._state = fresh if self._state is None else choose_rows(mask, fresh, self._state)
+        self._state = fresh if whole or self._state is None else choose_rows(mask, fresh, self._state)
         self._return = torch.where(mask, 0.0, self._return)
         self._length = torch.where(mask, 0, self._length)
 

@@ -34,6 +34,9 @@ ROW_MULTIPLE = 16
 _FEW_ROWS = 64
 """Up to this many rows it is faster to ask every member about all of them than to sort the rows."""
 
+_CACHED_ROWS = 512
+"""Rows whose items are scored at once on CPU."""
+
 DYNAMIC_FEATURES = ("trend", "cooccurrence_recent", "cooccurrence_history")
 """The last entries of phi: of the date, and of the state (two); the ones before them are static."""
 
@@ -304,19 +307,22 @@ class FrozenResponse(Judge):
         return self._after_slate(state, items, engaged)
 
     def _after_slate(self, state: Tensor, items: Tensor, engaged: Tensor) -> Tensor:
-        rows, taken = state.shape[0], engaged.to(torch.float32)
-        vectors = rows_of(self.tensors["item_input"], items) * taken[..., None]
+        rows, width, taken = state.shape[0], self.n_decays * self.dim, engaged.to(torch.float32)
+        vectors = rows_of(self.tensors["item_input"], items).mul_(taken[..., None])
         # number of items taken after position j: the exponent of the decay that item j has met by the end of the slate
         count = taken.sum(dim=1, keepdim=True)
         after = count - taken.cumsum(dim=1)
-        decays = self.tensors["decays"]
-        averages = state[:, : self.n_decays * self.dim].view(rows, self.n_decays, self.dim)
-        # s' = d^m s + sum_j (1 - d) d^(taken after j) e_j, with m items taken
-        kept = averages * torch.exp(count * self._log_decays)[..., None]
-        weight = (1.0 - decays)[:, None] * torch.exp(after[:, None, :] * self._log_decays[:, None])
-        gained = torch.stack([(weight[:, n, :, None] * vectors).sum(dim=1) for n in range(self.n_decays)], dim=1)
-        total = state[:, self.n_decays * self.dim : -1] + vectors.sum(dim=1)
-        return torch.cat([(kept + gained).flatten(1), total, state[:, -1:] + count], dim=1)
+        # s' = d^m s + sum_j (1 - d) d^(taken after j) e_j, with m items taken; every part is written where it belongs at once
+        moved = torch.empty_like(state)
+        averages = moved[:, :width].view(rows, self.n_decays, self.dim)
+        decayed = torch.exp(count * self._log_decays)[..., None]
+        torch.mul(state[:, :width].view(rows, self.n_decays, self.dim), decayed, out=averages)
+        weight = (1.0 - self.tensors["decays"])[:, None] * torch.exp(after[:, None, :] * self._log_decays[:, None])
+        for n in range(self.n_decays):
+            averages[:, n] += (weight[:, n, :, None] * vectors).sum(dim=1)
+        torch.add(state[:, width:-1], vectors.sum(dim=1), out=moved[:, width:-1])
+        torch.add(state[:, -1:], count, out=moved[:, -1:])
+        return moved
 
     def inputs(self, state: Tensor) -> Tensor:
         """What the tower reads: averages, mean vector of the whole history, log count; (rows, state_dim) both."""
@@ -359,6 +365,14 @@ class FrozenResponse(Judge):
             if len(mine):
                 out.index_copy_(0, mine, self.tower(inputs.index_select(0, block), m)[: len(mine)])
         return out
+
+    def _scores(self, index: Tensor, row: Tensor) -> Tensor:
+        """Products of rows of the table with the users' rows; (rows, m) and (rows, n_outcomes, d) -> (rows, m, n_outcomes)."""
+        if index.device.type != "cpu" or index.shape[0] <= _CACHED_ROWS:
+            return rows_of(self._table, index).mul_(row[:, None]).sum(dim=-1)
+        # what is gathered for one block stays in the cache until it is summed
+        parts = zip(index.split(_CACHED_ROWS), row.split(_CACHED_ROWS), strict=True)
+        return torch.cat([rows_of(self._table, some).mul_(of[:, None]).sum(dim=-1) for some, of in parts])
 
     def features(self, inputs: Tensor, items: Tensor, period: Tensor | None = None) -> Tensor:
         """phi(item, state, date).
@@ -413,12 +427,12 @@ class FrozenResponse(Judge):
         split = self.n_static
         # z . phi of the two co-occurrence features is e_i . (z_recent scale recent + z_history scale mean): linear in e_i
         recent = inputs[:, None, : self.dim] * (effects[..., split + 1, None] * scale[0])
-        whole = inputs[:, None, self.n_decays * self.dim : -1] * (effects[..., split + 2, None] * scale[1])
+        recent += inputs[:, None, self.n_decays * self.dim : -1] * (effects[..., split + 2, None] * scale[1])
         ones = torch.ones_like(effects[..., :1])
         tower = self.tower(inputs, 0 if member is None else member)
-        row = torch.cat([tower, recent + whole, effects[..., :split], ones], dim=2)
+        row = torch.cat([tower, recent, effects[..., :split], ones], dim=2)
         of_member = items if member is None or self.n_members == 1 else items + (member * self.n_items)[:, None]
-        score = (rows_of(self._table, of_member) * row[:, None]).sum(dim=-1)
+        score = self._scores(of_member, row)
         if self.has_trend and period is not None:
             trend = self.tensors["trend"].view(-1).take(items + (period * self.n_items)[:, None])
             score = score + trend[..., None] * effects[:, None, :, split]
