@@ -47,7 +47,7 @@ def played_alone(world: World, *, first: int, steps: int = STEPS) -> list[Any]:
         obs, reward, terminated, truncated, _ = env.step((first * 7 + t * 3 + first * t) % world.n_strategies)
         if terminated or truncated:
             obs, _ = env.reset()
-        found.append((obs[None], np.float32([reward]), np.array([terminated]), np.array([truncated])))
+        found.append((obs[None], np.array([reward], dtype=np.float32), np.array([terminated]), np.array([truncated])))
     return found
 
 

@@ -87,9 +87,16 @@ def _mix_on_cpu(x: Tensor) -> Tensor:
 
 def _mix_bits(bits: Any) -> Any:
     """`mix` of an array of uint64."""
-    bits = (bits ^ (bits >> 30)) * _UNSIGNED_1
-    bits = (bits ^ (bits >> 27)) * _UNSIGNED_2
-    return bits ^ (bits >> 31)
+    # what is fresh is written again: half of the time would go to new memory
+    first = bits >> 30
+    first ^= bits
+    first *= _UNSIGNED_1
+    second = first >> 27
+    second ^= first
+    second *= _UNSIGNED_2
+    first = second >> 31
+    first ^= second
+    return first
 
 
 def fold_in(key: Tensor, value: Tensor | int) -> Tensor:

@@ -262,7 +262,7 @@ def advance(
         state,
         request=request,
         response=judge.step(state.response, items, taken),
-        profile=state.profile + (rows_of(tables.item_profile, items) * weight).sum(dim=1),
+        profile=state.profile + rows_of(tables.item_profile, items).mul_(weight).sum(dim=1),
         engaged=state.engaged + count,
         strategy_count=state.strategy_count + planned.share,
         strategy_reward=state.strategy_reward + credit(tables, state, planned, served),

@@ -303,7 +303,10 @@ class FrozenResponse(Judge):
             moved = torch.nonzero(engaged.any(dim=1))[:, 0]
             block = torch.nn.functional.pad(moved, (0, -len(moved) % ROW_MULTIPLE))
             after = self._after_slate(*(x.index_select(0, block) for x in (state, items, engaged)))
-            return state.index_copy(0, moved, after[: len(moved)])
+            stepped = state.clone()
+            # numpy copies whole rows, torch number by number
+            stepped.numpy()[moved.numpy()] = after[: len(moved)].numpy()
+            return stepped
         return self._after_slate(state, items, engaged)
 
     def _after_slate(self, state: Tensor, items: Tensor, engaged: Tensor) -> Tensor:
@@ -326,9 +329,11 @@ class FrozenResponse(Judge):
 
     def inputs(self, state: Tensor) -> Tensor:
         """What the tower reads: averages, mean vector of the whole history, log count; (rows, state_dim) both."""
-        count = state[:, -1:]
-        mean = state[:, self.n_decays * self.dim : -1] / count.clamp(min=1.0)
-        return torch.cat([state[:, : self.n_decays * self.dim], mean, torch.log1p(count) / 7.0], dim=1)
+        seen = state.clone()
+        count = seen[:, -1:]
+        seen[:, self.n_decays * self.dim : -1] /= count.clamp(min=1.0)
+        torch.div(torch.log1p(count), 7.0, out=count)
+        return seen
 
     def tower(self, inputs: Tensor, member: Tensor | int = 0) -> Tensor:
         """User vectors of a member. Rows must be a multiple of 16 for equal bits.
@@ -426,8 +431,10 @@ class FrozenResponse(Judge):
         scale = self.tensors["dynamic_scale"]
         split = self.n_static
         # z . phi of the two co-occurrence features is e_i . (z_recent scale recent + z_history scale mean): linear in e_i
-        recent = inputs[:, None, : self.dim] * (effects[..., split + 1, None] * scale[0])
-        recent += inputs[:, None, self.n_decays * self.dim : -1] * (effects[..., split + 2, None] * scale[1])
+        # of rows that lie apart a product costs twice as much
+        average, mean = inputs[:, None, : self.dim], inputs[:, None, self.n_decays * self.dim : -1]
+        recent = average.contiguous() * (effects[..., split + 1, None] * scale[0])
+        recent += mean.contiguous() * (effects[..., split + 2, None] * scale[1])
         ones = torch.ones_like(effects[..., :1])
         tower = self.tower(inputs, 0 if member is None else member)
         row = torch.cat([tower, recent, effects[..., :split], ones], dim=2)
