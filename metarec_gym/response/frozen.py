@@ -26,6 +26,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from metarec_gym.fixed_shapes import may_look
 from metarec_gym.seeding import fold_in, mix, normal
 
 ROW_MULTIPLE = 16
@@ -298,7 +299,7 @@ class FrozenResponse(Judge):
         Returns:
             float32 (rows, state_dim).
         """
-        if state.device.type == "cpu" and state.shape[0] > _FEW_ROWS:
+        if may_look(state) and state.shape[0] > _FEW_ROWS:
             # who took nothing stays as he was; row 0 fills the last block up
             moved = torch.nonzero(engaged.any(dim=1))[:, 0]
             block = torch.nn.functional.pad(moved, (0, -len(moved) % ROW_MULTIPLE))
@@ -348,7 +349,7 @@ class FrozenResponse(Judge):
             return out.view(rows, self.n_outcomes, self.rank)
         # the bits of a narrow layer hang on a row's place in the batch, so there the rows stay where they are
         wide = min(t["hidden_bias"].shape[1], t["tower_bias"].shape[1]) >= ROW_MULTIPLE
-        if inputs.device.type == "cpu" and rows > _FEW_ROWS and wide:
+        if may_look(inputs) and rows > _FEW_ROWS and wide:
             return self._own_towers(inputs, member)
         # all members, then each row's own: no shape depends on the members that the rows have
         outs = torch.stack([self.tower(inputs, m) for m in range(self.n_members)], dim=1)
