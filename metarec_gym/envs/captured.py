@@ -299,7 +299,9 @@ def refusal(env: Any, mode: str = "eager") -> str | None:
     if isinstance(env._judge, LoggedResponse):
         return "a logged response checks on the host that every pair was observed; step the environment instead"
     if env.autoreset_mode is not AutoresetMode.SAME_STEP:
-        return f"autoreset_mode is {env.autoreset_mode.value!r}, a captured step resets in the same step; pass 'SameStep'"
+        return (
+            f"autoreset_mode is {env.autoreset_mode.value!r}, a captured step resets in the same step; pass 'SameStep'"
+        )
     if env.output != "torch":
         return f"output is {env.output!r}, a captured rollout stays on the device; pass output='torch'"
     if mode == "graph" and env.device.type != "cuda":
