@@ -1,4 +1,4 @@
-"""PPO that plays without the host learns what PPO that steps learns, and stepping learns what it did before there was a choice."""
+"""PPO that plays without the host learns what PPO that steps learns, and stepping learns what it did before there was one."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Many requests without the host: a whole step, automatic reset included, as one function of tensors, compiled or in a CUDA graph.
+"""Many requests without the host: a whole step, automatic reset included, as a function of tensors, compiled or in a CUDA graph.
 
-`MetaRecVectorEnv.step` asks the host a few questions at every step: did an episode end, how deep must a list be read. On a GPU the
-answers cost more than the step. `transition` asks none: rows that ended are reset by `torch.where`, no shape hangs on a value, so
-it can be compiled as one graph (`torch.compile`, PyTorch 2: Ansel et al., ASPLOS 2024) or recorded and replayed (CUDA graphs).
-It is made of the functions that `step` is made of, and gives the same bits; what neither draws nor returns is infos.
+`MetaRecVectorEnv.step` asks the host a few questions at every step: did an episode end, how deep must a list be read. On a GPU
+the answers cost more than the step. `transition` asks none: rows that ended are reset by `torch.where`, no shape hangs on a
+value, so it can be compiled as one graph (`torch.compile`; Ansel et al., ASPLOS 2024) or recorded and replayed (CUDA graphs).
+It is made of the functions that `step` is made of, and gives the same bits; only infos it has none.
 """
 
 from __future__ import annotations
@@ -293,8 +293,8 @@ def refusal(env: Any, mode: str = "eager") -> str | None:
         return f"a captured rollout plays MetaRecVectorEnv, got {type(env).__name__}; step the environment instead"
     if env.config.session_requests is not None:
         return (
-            f"session_requests is {env.config.session_requests}: ranking again between sessions works on whichever rows are back, "
-            "which no captured step can; use episodes of one session, or step the environment"
+            f"session_requests is {env.config.session_requests}: ranking again between sessions works on whichever rows are "
+            "back, which no captured step can; use episodes of one session, or step the environment"
         )
     if isinstance(env._judge, LoggedResponse):
         return "a logged response checks on the host that every pair was observed; step the environment instead"
