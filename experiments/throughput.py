@@ -81,7 +81,8 @@ def first_settings(args: Args) -> list[Setting]:
         Setting("cartpole_1024", "cartpole", num_envs=1024, **{**common, "device": "cpu"}),
         Setting("single", "single", world=_folder(args), **common),
     ]
-    parts += [Setting(f"env_{n}", "env", num_envs=n, world=_folder(args), **common) for n in batches(args)]
+    mode = _mode(args)
+    parts += [Setting(f"env_{n}", "env", num_envs=n, world=_folder(args), mode=mode, **common) for n in batches(args)]
     return parts
 
 
@@ -90,6 +91,7 @@ def further_settings(args: Args, best: int) -> list[Setting]:
     common, quick, cpu, folder = _common(args), args.quick, args.device == "cpu", _folder(args)
     many = 32 if quick else min(best, 4096) if cpu else best
     size: dict[str, Any] = {"n_items": 1_000, "n_users": 100} if quick else {"n_items": 3_706}
+    mode = _mode(args)
     both: list[tuple[str, dict[str, Any]]] = [("", {})]
     if cpu:
         both += [("_2processes", {"processes": 2}), ("_2threads", {"threads": 2})]
@@ -100,15 +102,25 @@ def further_settings(args: Args, best: int) -> list[Setting]:
             parts.append(Setting(f"env_best{suffix}", "env", num_envs=best, **options))
             parts.append(Setting(f"cartpole_1024{suffix}", "cartpole", num_envs=1024, **{**common, **spread}))
         parts += [
-            Setting(f"policy{suffix}", "policy", num_envs=best, **options),
-            Setting(f"ppo{suffix}", "ppo", num_envs=many, **options),
-            Setting(f"ppo_large_minibatch{suffix}", "ppo", num_envs=many, minibatch_size=LARGE_MINIBATCH, **options),
-        ]
+            Setting(f"policy{suffix}", "policy", num_envs=best, mode=mode, **options),
+            Setting(f"ppo{suffix}", "ppo", num_envs=many, mode=mode, **options),
+            Setting(f"ppo_large_minibatch{suffix}", "ppo", num_envs=many, minibatch_size=LARGE_MINIBATCH, mode=mode,
+                    **options),
+        ]  # fmt: skip
     options = {**common, "world": folder}
+    if cpu and not quick:
+        parts.append(Setting("env_compiled", "env", num_envs=1024, mode="compile", **options))
+    if not cpu:
+        # what the graph is worth: the same batch by single steps, and by a compiled step
+        parts += [
+            Setting(f"env_best_{way}", "env", num_envs=best, mode=way, **options)
+            for way in ("step", "eager", "compile")
+        ]
+        parts.append(Setting("ppo_step", "ppo", num_envs=many, **options))
     parts += [
         Setting("env_arrays", "env", num_envs=best, output="numpy", **options),
-        Setting("env_blend", "env", num_envs=many, env={"action": "blend"}, **options),
-        Setting("env_slots", "env", num_envs=many, env={"action": "slots"}, **options),
+        Setting("env_blend", "env", num_envs=many, env={"action": "blend"}, mode=mode, **options),
+        Setting("env_slots", "env", num_envs=many, env={"action": "slots"}, mode=mode, **options),
         Setting("env_sessions", "env", num_envs=many, env={"session_requests": 5}, **options),
     ]
     if folder is None:
@@ -131,12 +143,14 @@ def further_settings(args: Args, best: int) -> list[Setting]:
     for n in (500, 1_000) if quick else CATALOGUES:
         # one network in the judge and short episodes, so that the tables of 1 M items fit beside each other
         sizes = {**size, "n_items": n, "n_members": 1}
-        parts.append(Setting(f"items_{n}", "env", num_envs=fixed, sizes=sizes, **common))
+        parts.append(Setting(f"items_{n}", "env", num_envs=fixed, sizes=sizes, mode=mode, **common))
     for k in (2, 4) if quick else STRATEGIES:
-        parts.append(Setting(f"strategies_{k}", "env", num_envs=fixed, sizes={**size, "n_strategies": k}, **common))
+        sizes = {**size, "n_strategies": k}
+        parts.append(Setting(f"strategies_{k}", "env", num_envs=fixed, sizes=sizes, mode=mode, **common))
     for s in (1, 5) if quick else SLATES:
-        parts.append(Setting(f"slate_{s}", "env", num_envs=fixed, sizes={**size, "slate_size": s}, **common))
-    parts.append(Setting("users_many", "env", num_envs=64 if quick else MANY_USERS, **options))
+        sizes = {**size, "slate_size": s}
+        parts.append(Setting(f"slate_{s}", "env", num_envs=fixed, sizes=sizes, mode=mode, **common))
+    parts.append(Setting("users_many", "env", num_envs=64 if quick else MANY_USERS, mode=mode, **options))
     return parts
 
 
@@ -146,6 +160,11 @@ def _folder(args: Args) -> str | None:
 
 def _common(args: Args) -> dict[str, Any]:
     return {"device": args.device, "windows": args.windows, "window_s": 0.1 if args.quick else args.window_s}
+
+
+def _mode(args: Args) -> str:
+    """How the environment, the policy and PPO play: on a GPU the host would be waited for at every step."""
+    return "step" if args.device == "cpu" else "graph"
 
 
 # ------------------------------------------------------------------------------------------------ running

@@ -56,6 +56,28 @@ def _array(value: Any) -> Any:
     return np.array(value.cpu().numpy() if isinstance(value, torch.Tensor) else value)
 
 
+def captured(world: World, device: str, *, rows: int, mode: str, steps: int = STEPS) -> list[Any]:
+    """As `played`, all rows, by captured rollouts; two of them, so that one hands over to the next."""
+    from metarec_gym.envs.captured import CapturedRollout
+
+    def act(obs: torch.Tensor, available: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return noise.to(torch.int64), noise.to(torch.int64), noise
+
+    env = MetaRecVectorEnv(rows, world=world, device=device, output="torch", autoreset_mode="SameStep")
+    obs, _ = env.reset(seed=SEED)
+    found: list[Any] = [(_array(obs),)]
+    plays = CapturedRollout(env, act, steps // 2, mode=mode)  # type: ignore[arg-type]
+    row = torch.arange(rows)
+    for first in (0, steps // 2):
+        noise = [((row * 7 + t * 3 + row * t) % world.n_strategies).float() for t in range(first, first + steps // 2)]
+        p = plays.run(torch.stack(noise).to(device))
+        found += [
+            tuple(_array(value) for value in (p.obs[t + 1], p.reward[t], p.terminated[t], p.truncated[t]))
+            for t in range(steps // 2)
+        ]
+    return found
+
+
 def digest(parts: list[list[Any]]) -> str:
     """Hash of a trajectory whose rows were played in parts, in their order; 16 hexadecimal digits."""
     whole = hashlib.sha256()
@@ -72,7 +94,7 @@ def hashes(world: World, device: str, *, rows: int = 16, steps: int = STEPS, pro
         world: The world.
         device: Where to play; on CUDA also the CPU's, and how far the two are apart.
         rows: Rows of the trajectory; even.
-        steps: Requests of the trajectory.
+        steps: Requests of the trajectory; even.
         processes: Also plays the halves in two processes.
 
     Returns:
@@ -85,6 +107,8 @@ def hashes(world: World, device: str, *, rows: int = 16, steps: int = STEPS, pro
 
     base = plain()
     ways = {"tensors": digest([base]), "arrays": digest([plain("numpy")])}
+    for mode in ("eager", "graph") if device.startswith("cuda") else ("eager",):
+        ways[f"captured-{mode}"] = digest([captured(world, device, rows=rows, mode=mode, steps=steps)])
     if device.startswith("cuda"):
         on_cpu = plain(on="cpu")
         same = np.mean([np.mean(a[1] == b[1]) for a, b in zip(base[1:], on_cpu[1:], strict=True)])

@@ -51,6 +51,8 @@ class Setting:
     """Fields of `RandomWorld`."""
     env: dict[str, Any] = field(default_factory=dict)
     """Settings of the environment, such as `action`."""
+    mode: str = "step"
+    """How requests are played: `step` calls the environment; `eager`, `compile` and `graph` are captured rollouts."""
     output: str = "torch"
     """What the environment hands out."""
     device: str = "cpu"
@@ -269,6 +271,7 @@ def ppo_windows(setting: Setting, world: World, wait: Wait) -> Windows:
             epochs=4,
             minibatch_size=setting.minibatch_size,
             hidden=HIDDEN,
+            rollout="eager" if setting.mode == "step" else setting.mode,  # type: ignore[arg-type]
         )
 
     found = Windows()
@@ -293,6 +296,7 @@ def ppo_windows(setting: Setting, world: World, wait: Wait) -> Windows:
         found.cpu_s.append(cpu / wall * length)
     found.facts = {
         "whole_call_per_s": result.steps / wall,
+        "mode": setting.mode,
         "minibatch_size": setting.minibatch_size,
         "obs_dim": int(env.single_observation_space.shape[0]),  # type: ignore[index]
         "num_strategies": world.n_strategies,
@@ -403,10 +407,16 @@ def windows_of(setting: Setting, wait: Wait = lambda: None) -> Windows:
     if setting.kind == "single":
         return measure(single_block(setting, world), setting, wait)
     env = make_env(setting, world)
-    found = measure(policy_block(env) if setting.kind == "policy" else env_block(env), setting, wait)
+    if setting.mode == "step":
+        found = measure(policy_block(env) if setting.kind == "policy" else env_block(env), setting, wait)
+    else:
+        from experiments.throughput_captured import captured_block
+
+        found = measure(captured_block(env, setting.mode, with_policy=setting.kind == "policy"), setting, wait)
+        found.vec_steps = [steps // env.num_envs for steps in found.steps]
     from experiments.throughput_work import env_work
 
-    found.facts = {"work": dataclasses.asdict(env_work(env))}
+    found.facts = {"work": dataclasses.asdict(env_work(env)), "mode": setting.mode}
     return found
 
 

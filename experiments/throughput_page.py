@@ -143,16 +143,17 @@ def _table(rows: Rows, best: int) -> str:
         f"The environment alone is fastest at {best:,} users a batch; `_2processes` are two batches side by side, `_2threads` is "
         "one batch on two torch threads. Two processes of a learner are two learners, each with its own policy.",
         "",
-        "| part | users | steps/s | ms a vector step | steps per CPU second | / CartPole `make_vec` | / SB3 CartPole | "
+        "| part | mode | users | steps/s | ms a vector step | steps per CPU second | / CartPole `make_vec` | / SB3 CartPole | "
         "first call s | peak GB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     base, learner = speed(rows.get("cartpole_1024")), speed(rows.get("sb3_cartpole"))
     for name, row in rows.items():
         if row["setting"]["kind"] in ("ceilings", "hash"):
             continue
         if "error" in row:
-            lines.append(f"| {name} | {row['setting']['num_envs']:,} | failed: {row['error']} | | | | | | |")
+            s = row["setting"]
+            lines.append(f"| {name} | {_mode(s)} | {s['num_envs']:,} | failed: {row['error']} | | | | | | |")
             continue
         s, value = row["setting"], row["steps_per_s"]["median"]
         learns = s["kind"] in ("ppo", "sb3", "sb3_dummy", "sb3_cartpole")
@@ -164,11 +165,19 @@ def _table(rows: Rows, best: int) -> str:
         gpu = f" + {row['device_peak_bytes'] / 1e9:.2f} on the GPU" if "device_peak_bytes" in row else ""
         users = f"{s['num_envs']:,}" + (f" x {s['processes']}" if s["processes"] > 1 else "")
         lines.append(
-            f"| {name} | {users} | {shown(row)} | {row['ms_per_vec_step']['median']:,.3f} | "
+            f"| {name} | {_mode(s)} | {users} | {shown(row)} | {row['ms_per_vec_step']['median']:,.3f} | "
             f"{row['steps_per_cpu_s']['median']:,.0f} | {'' if learns else ratio} | {ratio if learns else ''} | "
             f"{row['first_s']:.2f} | {row['peak_bytes'] / 1e9:.2f}{gpu} |"
         )
     return "\n".join(lines)
+
+
+def _mode(setting: dict[str, Any]) -> str:
+    """How a part played: `eager` steps, or a captured rollout's mode."""
+    if setting["kind"] not in ("env", "policy", "ppo"):
+        return ""
+    mode = setting.get("mode", "step")
+    return "eager" if mode == "step" else f"captured, {mode}"
 
 
 def _work(rows: Rows) -> str:
@@ -374,6 +383,9 @@ def _how(result: dict[str, Any], rows: Rows) -> str:
         "## How it was measured",
         "- Each part in a process of its own: peak memory is that of the whole process, libraries and world included.",
         "- `first call`: the first step (compilation and allocation), for learners the first iterations; not in the speeds.",
+        "- Mode: `eager` calls the environment's `step`; `captured` plays whole rollouts without the host "
+        "(`metarec_gym/envs/captured.py`) by plain calls (`eager`), a step compiled by `torch.compile` (`compile`, on CPU its "
+        "C++ backend), or a CUDA graph (`graph`).",
         "- PPO: 64 x 64 tanh networks, 4 epochs, rollouts of one horizon; minibatches of 1,056 requests, `large_minibatch` of "
         "8,448. SB3 at the same settings; SB3 on CartPole: 8 environments, 128 steps, minibatches of 256, 4 epochs.",
         "- Rows `items_`, `strategies_`, `slate_` run on random tables (`experiments/random_world.py`), judge of one network for "

@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
+from metarec_gym.fixed_shapes import may_look
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -70,7 +72,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 def mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64 tensors: every input bit reaches every output bit; wraps modulo 2**64."""
-    if x.device.type == "cpu" and x.dim() > 0:
+    if may_look(x) and x.dim() > 0:
         return _mix_on_cpu(x)
     # each fresh tensor is written again: half of the time would go to new memory
     x = _shift_right(x, 30).bitwise_xor_(x).mul_(_MIX_1)

@@ -6,10 +6,21 @@ import sys
 import pytest
 import torch
 
-from experiments import throughput, throughput_page
+from experiments import throughput, throughput_measure, throughput_page
 from experiments.random_world import RandomWorld
+from experiments.throughput_captured import captured_block
 from experiments.throughput_hash import digest, hashes, played
-from experiments.throughput_measure import Setting, Windows, env_block, make_env, measure, policy_block, rates, spread
+from experiments.throughput_measure import (
+    Setting,
+    Windows,
+    env_block,
+    make_env,
+    measure,
+    policy_block,
+    rates,
+    spread,
+    windows_of,
+)
 from experiments.throughput_work import env_work, ppo_flops
 from metarec_gym.envs.vector_env import MetaRecVectorEnv
 
@@ -76,6 +87,33 @@ def test_every_kind_of_action_can_be_measured(world, action):
     assert env_block(env)(3) == 48
 
 
+@pytest.mark.parametrize("action", ["select", "blend", "slots"])
+def test_captured_rollouts_count_every_request(world, action):
+    env = make_env(Setting("x", "env", num_envs=16, env={"action": action}), world)
+    assert captured_block(env, "eager", with_policy=action == "select")(2) == 2 * 6 * 16
+
+
+def test_a_part_that_plays_captured_counts_its_vector_steps_too(monkeypatch, world):
+    monkeypatch.setattr(throughput_measure, "make_world", lambda setting: world)
+    found = windows_of(Setting("x", "env", num_envs=16, mode="eager", windows=2, window_s=0.01))
+    assert found.steps == [16 * n for n in found.vec_steps]
+    assert all(n % 6 == 0 for n in found.vec_steps)
+    assert found.facts["mode"] == "eager"
+
+
+def test_on_a_gpu_the_environment_the_policy_and_ppo_play_in_a_graph_and_the_page_says_so():
+    args = throughput.Args(device="cuda", world=None)
+    parts = throughput.first_settings(args) + throughput.further_settings(args, 4096)
+    graphs = {p.name for p in parts if p.mode == "graph"}
+    assert {"env_4096", "policy", "ppo", "ppo_large_minibatch", "items_1000000"} <= graphs
+    assert {p.mode for p in parts if p.name.startswith("env_best_")} == {"step", "eager", "compile"}
+    cpu = throughput.Args(device="cpu", world=None)
+    cpu_parts = throughput.first_settings(cpu) + throughput.further_settings(cpu, 4096)
+    assert {p.name for p in cpu_parts if p.mode != "step"} == {"env_compiled"}
+    assert throughput_page._mode(dataclasses.asdict(Setting("x", "ppo", mode="graph"))) == "captured, graph"
+    assert throughput_page._mode(dataclasses.asdict(Setting("x", "env"))) == "eager"
+
+
 def test_a_policy_chooses_from_the_last_observation(world):
     env = make_env(Setting("x", "policy", num_envs=16), world)
     assert policy_block(env)(2) == 32
@@ -86,6 +124,7 @@ def test_the_hash_is_equal_in_every_way_of_playing(world):
     assert set(found["ways"]) == {
         "tensors",
         "arrays",
+        "captured-eager",
         "batch of 20",
         "two batches",
         "one row at a time",

@@ -9,7 +9,7 @@ wherever implementations differ.
     torchrun --nproc-per-node 2 -m agents.ppo --backend gloo --world worlds/movielens_100k
 
 Read `args`, `heads` (actions), `networks`, `rollout`, `learning` (advantages, losses, update) and `training` in this order;
-`normalise`, `judges` and `team` (several processes) are options.
+`normalise`, `judges`, `team` (several processes) and `captured` (rollouts compiled or in a CUDA graph) are options.
 """
 
 from agents.ppo.args import Args, TrainResult

@@ -105,6 +105,9 @@ class Args:
     reward_scale: float | None = None
     """Rewards are divided by this; None takes the root mean square of the first rollout's discounted returns: so the
     critic starts within reach of its targets, whatever the unit of the reward."""
+    rollout: Literal["auto", "eager", "compile", "graph"] = "auto"
+    """How requests are played: `eager` steps the environment; `compile` (one compiled step) and `graph` (the whole rollout in a
+    CUDA graph) leave the host out. `auto` is `graph` on CUDA where the environment and these settings allow it, else `eager`."""
     stats_window: int = 256
     """Episodes that the logged mean return and length run over; the best policy is the one with the best full window."""
     checkpoint_every: int = 10

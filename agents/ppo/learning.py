@@ -30,6 +30,8 @@ def values_of(net: ActorCritic, roll: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     next_values = values[1:].clone()
     for t, rows, final_obs in roll.final:
         next_values[t, rows] = net.next_value(final_obs, memory[t, rows])
+    if roll.final_obs is not None:
+        next_values = torch.where(roll.done & ~roll.terminated, net.value(roll.final_obs), next_values)
     return values[:-1], next_values, memory[-2]
 
 

@@ -69,6 +69,9 @@ class Rollout:
     ended_length: Tensor
     final: list[tuple[int, Tensor, Tensor]]
     """SAME_STEP truncations: (step, rows, their last observations)."""
+    final_obs: Tensor | None = None
+    """In place of `final`, of a rollout that did not ask which rows they are: every request's observation after it,
+    (num_steps, num_envs, obs_dim)."""
 
     def cuts(self) -> tuple[int, ...]:
         """Steps at which an episode starts in any row, of `obs` (so up to num_steps)."""
@@ -167,9 +170,18 @@ def collect(
         live.episode_return = torch.where(live.done, 0.0, live.episode_return)
         live.episode_length = torch.where(live.done, 0.0, live.episode_length)
     roll.obs[num_steps], roll.start[num_steps] = live.obs, live.start
-    if any(not bool(part.any(dim=-1).all()) for part in roll.mask.split(_places(net), dim=-1)):
-        raise ValueError("an action_mask forbids every strategy; an environment must leave at least one available")
+    check_masks(net, roll.mask)
     return roll
+
+
+def check_masks(net: ActorCritic, mask: Tensor) -> None:
+    """Refuses masks (..., mask_width) that leave a row nothing to choose.
+
+    Raises:
+        ValueError: When a mask forbids every choice.
+    """
+    if any(not bool(part.any(dim=-1).all()) for part in mask.split(_places(net), dim=-1)):
+        raise ValueError("an action_mask forbids every strategy; an environment must leave at least one available")
 
 
 def _places(net: ActorCritic) -> list[int]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from agents.ppo import learning, rollout
 from agents.ppo.args import Args, Schedule, TrainResult
+from agents.ppo.captured import CapturedCollector, way_of
 from agents.ppo.heads import Weights, action_mask, head_of
 from agents.ppo.networks import ActorCritic, export_policy
 from agents.ppo.normalise import Normaliser
@@ -59,9 +60,7 @@ class Training:
         head = head_of(action_space, args.log_std_init)
         weights_rng = torch_generator(args.seed, "ppo", "network")
         self.net = ActorCritic(obs.shape[1], head, args, weights_rng).to(device)
-        self.optimizer = torch.optim.Adam(
-            self.net.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=device.type in ("cpu", "cuda")
-        )
+        self.optimizer = adam(self.net.parameters(), args, device)
         self.normaliser = Normaliser(
             obs.shape[1], obs=args.normalize_obs, reward=args.normalize_reward, clip_obs=args.clip_obs,
             clip_reward=args.clip_reward, gamma=args.gamma, team=team,
@@ -82,6 +81,9 @@ class Training:
         self.generators = {
             name: torch_generator(args.seed, "ppo", name, *me, device=device) for name in ("action", "minibatch")
         }
+        self.way = way_of(env, args)
+        """How requests are played: eager, compile or graph."""
+        self.captured = None if self.way == "eager" else CapturedCollector(env, self.net, args.num_steps, self.way)
         self.recent: deque[tuple[float, float]] = deque(maxlen=args.stats_window)
         self.iteration, self.steps, self.seconds = 0, 0, 0.0
         self.metrics: dict[str, float] = {}
@@ -95,7 +97,9 @@ class Training:
         self.meta = {"agent": "ppo", "seed": args.seed, "world": getattr(world, "hash", None),
                      "fold": getattr(config, "fold", None)}  # fmt: skip
         setting = None if config is None else dataclasses.asdict(config)
-        identity = {"args": dataclasses.asdict(args), "num_envs": len(obs), "obs_dim": obs.shape[1], "env": setting,
+        # how requests are played is not what a run is: a checkpoint may go on in another way
+        settings = {name: value for name, value in dataclasses.asdict(args).items() if name != "rollout"}
+        identity = {"args": settings, "num_envs": len(obs), "obs_dim": obs.shape[1], "env": setting,
                     "judges": getattr(env, "judges", None), "processes": team.size}  # fmt: skip
         # through JSON, so that it compares with what a checkpoint gives back
         self.identity: dict[str, Any] = json.loads(json.dumps(identity | self.meta))
@@ -115,56 +119,65 @@ class Training:
     def iterate(self) -> dict[str, float]:
         """One rollout and one update; returns its scalars by tag."""
         args, team, started = self.args, self.team, time.perf_counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = args.learning_rate * self._left(args.lr_schedule)
+        learning_rate = args.learning_rate * self._left(args.lr_schedule)
+        set_learning_rate(self.optimizer, learning_rate)
         now = dataclasses.replace(
             args,
             ent_coef=args.ent_coef * self._left(args.ent_schedule),
             clip_range=args.clip_range * self._left(args.clip_schedule),
         )
-        roll = rollout.collect(
-            self.env, self.net, self.live, args.num_steps, self.generators["action"], self.normaliser
-        )
+        if self.captured is not None:
+            roll = self.captured.collect(self.live, self.generators["action"])
+        else:
+            roll = rollout.collect(
+                self.env, self.net, self.live, args.num_steps, self.generators["action"], self.normaliser
+            )
         if self.reward_scale is None:
             # fixed from here on: a scale that moves would move the critic's targets under it
             self.reward_scale = learning.typical_return(roll, args.gamma, team)
         batch, self.live.critic_memory = learning.make_batch(self.net, roll, now, self.reward_scale, team)
         scalars = learning.update(self.net, self.optimizer, batch, now, self._orders(len(batch), roll.obs.device), team)
-        self._report(roll, scalars, now)
+        self._report(roll, scalars, now, learning_rate)
         self.seconds += time.perf_counter() - started
         self.metrics["time/fps"] = self.steps / self.seconds
         return self.metrics
 
-    def _report(self, roll: rollout.Rollout, scalars: dict[str, Tensor], now: Args) -> None:
+    def _report(self, roll: rollout.Rollout, scalars: dict[str, Tensor], now: Args, learning_rate: float) -> None:
         """The iteration's numbers: gathered on the device, then one copy."""
-        size = int(roll.valid.sum())
-        shares = self._shares(roll)
-        per_request = torch.where(roll.valid, roll.reward, 0.0).sum() / size
-        logged = self.team.mean(torch.cat([torch.stack([*scalars.values(), per_request]).float(), shares]))
-        packed = torch.cat([logged, roll.ended_return.flatten(), roll.ended_length.flatten()]).cpu()
-        numbers, ended = packed[: len(logged)].tolist(), packed[len(logged) :]
+        served, head = roll.valid.sum(), self.net.head
+        per_request = torch.where(roll.valid, roll.reward, 0.0).sum() / served
+        logged = self.team.mean(torch.cat([torch.stack([*scalars.values(), per_request]).float(), self._shares(roll)]))
+        std = head.log_std.detach().exp().mean() if isinstance(head, Weights) else torch.zeros_like(per_request)
+        # float64 holds any count of requests
+        own = torch.stack([served.double(), std.double()])
+        packed = torch.cat([own, logged.double(), roll.ended_return.flatten(), roll.ended_length.flatten()]).cpu()
+        size, deviation, numbers = int(packed[0]), float(packed[1]), packed[2 : 2 + len(logged)].tolist()
+        ended = packed[2 + len(logged) :]
         returns, lengths = ended.reshape(2, -1)
         finished = ~returns.isnan()
         self.recent.extend(zip(returns[finished].tolist(), lengths[finished].tolist(), strict=True))
 
         self.iteration, self.steps = self.iteration + 1, self.steps + size * self.team.size
-        kind = "action_mean" if isinstance(self.net.head, Weights) else "action_share"
+        kind = "action_mean" if isinstance(head, Weights) else "action_share"
         tags = [*scalars, "metarec/return_per_request", *(f"metarec/{kind}/{name}" for name in self.strategies)]
         self.metrics = dict(zip(tags, numbers, strict=True))
-        self.metrics["train/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        self.metrics["train/learning_rate"] = learning_rate
         self.metrics["train/clip_range"] = now.clip_range
-        if isinstance(self.net.head, Weights):
-            self.metrics["train/std"] = float(self.net.head.log_std.detach().exp().mean())
+        if isinstance(head, Weights):
+            self.metrics["train/std"] = deviation
         if self.recent:
             self.metrics["rollout/ep_rew_mean"] = sum(r for r, _ in self.recent) / len(self.recent)
             self.metrics["rollout/ep_len_mean"] = sum(n for _, n in self.recent) / len(self.recent)
 
     def _shares(self, roll: rollout.Rollout) -> Tensor:
         """How often each strategy was chosen, or its mean weight; (K,)."""
-        action = roll.action[roll.valid]
         if isinstance(self.net.head, Weights):
-            return self.net.head.for_env(action).mean(dim=0)
-        return torch.bincount(action.flatten(), minlength=len(self.strategies)).float() / max(action.numel(), 1)
+            return self.net.head.for_env(roll.action[roll.valid]).mean(dim=0)
+        # a sum by scattering: bincount would wait for the device to say how many there are
+        action = roll.action.flatten(0, 1).flatten()
+        served = roll.valid.flatten().repeat_interleave(action.numel() // roll.valid.numel())
+        count = torch.zeros(len(self.strategies), dtype=torch.int64, device=action.device)
+        return count.scatter_add_(0, action, served.long()).float() / served.sum().clamp(min=1)
 
     def improved(self) -> bool:
         """True when the mean return of a full window of episodes is the best so far; notes it."""
@@ -232,6 +245,27 @@ class Training:
         self.recent.extend((r, n) for r, n in facts["recent"])
         for name in self._COUNTERS:
             setattr(self, name, facts[name])
+
+
+def adam(parameters: Any, args: Args, device: torch.device) -> torch.optim.Adam:
+    """The optimiser; on CUDA nothing in it waits for the host, and its learning rate is a tensor, which a graph reads anew."""
+    on_gpu = device.type == "cuda"
+    return torch.optim.Adam(
+        parameters,
+        lr=torch.tensor(args.learning_rate, device=device) if on_gpu else args.learning_rate,
+        eps=args.adam_eps,
+        fused=device.type in ("cpu", "cuda"),
+        capturable=on_gpu,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """The step size from now on, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
 
 
 def train(

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarec_gym.fixed_shapes import may_look
+
 FUSION_SLATES = 4
 """A blend looks at the next items of every list, this many slates deep."""
 RANK_CONSTANT = 60.0
@@ -61,7 +63,7 @@ def next_scored(lists: Tensor, scores: Tensor | None, shown: Tensor, count: int)
     rows, n_lists, length = lists.shape
     items = lists.to(torch.int64, memory_format=torch.contiguous_format)
     fresh = (shown.gather(1, items.view(rows, n_lists * length)) == 0).view(rows, n_lists, length)
-    if lists.device.type == "cpu":
+    if may_look(lists):
         wanted = fresh & (fresh.cumsum(dim=2, dtype=torch.int16 if length < 2**15 else torch.int32) <= count)
         # numpy finds them in a quarter of torch's time
         at = torch.from_numpy(np.flatnonzero(wanted.numpy()))

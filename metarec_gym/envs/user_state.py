@@ -304,7 +304,7 @@ def period_of(tables: EnvTables, time: Tensor) -> Tensor:
 def choose_rows(mask: Tensor, new: UserState, old: UserState) -> UserState:
     """Rows of `new` where `mask` (bool (rows,)) holds, rows of `old` elsewhere; `shown` stays the one of `old`."""
     merged = {}
-    for f in fields(UserState):
+    for f in fields(new):
         a, b = getattr(new, f.name), getattr(old, f.name)
         merged[f.name] = b if f.name == "shown" else torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b)
     return UserState(**merged)

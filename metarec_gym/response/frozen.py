@@ -26,6 +26,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from metarec_gym.fixed_shapes import may_look
 from metarec_gym.seeding import fold_in, mix, normal
 
 ROW_MULTIPLE = 16
@@ -298,7 +299,7 @@ class FrozenResponse(Judge):
         Returns:
             float32 (rows, state_dim).
         """
-        if state.device.type == "cpu" and state.shape[0] > _FEW_ROWS:
+        if may_look(state) and state.shape[0] > _FEW_ROWS:
             # who took nothing stays as he was; row 0 fills the last block up
             moved = torch.nonzero(engaged.any(dim=1))[:, 0]
             block = torch.nn.functional.pad(moved, (0, -len(moved) % ROW_MULTIPLE))
@@ -315,16 +316,16 @@ class FrozenResponse(Judge):
         # number of items taken after position j: the exponent of the decay that item j has met by the end of the slate
         count = taken.sum(dim=1, keepdim=True)
         after = count - taken.cumsum(dim=1)
-        # s' = d^m s + sum_j (1 - d) d^(taken after j) e_j, with m items taken; every part is written where it belongs at once
-        moved = torch.empty_like(state)
+        # s' = d^m s + sum_j (1 - d) d^(taken after j) e_j, with m items taken; every part is written where it belongs,
+        # in place and not by `out=`: torch.compile does not follow `out=` into a part of a tensor
+        moved = state.clone()
         averages = moved[:, :width].view(rows, self.n_decays, self.dim)
-        decayed = torch.exp(count * self._log_decays)[..., None]
-        torch.mul(state[:, :width].view(rows, self.n_decays, self.dim), decayed, out=averages)
+        averages *= torch.exp(count * self._log_decays)[..., None]
         weight = (1.0 - self.tensors["decays"])[:, None] * torch.exp(after[:, None, :] * self._log_decays[:, None])
         for n in range(self.n_decays):
             averages[:, n] += (weight[:, n, :, None] * vectors).sum(dim=1)
-        torch.add(state[:, width:-1], vectors.sum(dim=1), out=moved[:, width:-1])
-        torch.add(state[:, -1:], count, out=moved[:, -1:])
+        moved[:, width:-1] += vectors.sum(dim=1)
+        moved[:, -1:] += count
         return moved
 
     def inputs(self, state: Tensor) -> Tensor:
@@ -353,7 +354,7 @@ class FrozenResponse(Judge):
             return out.view(rows, self.n_outcomes, self.rank)
         # the bits of a narrow layer hang on a row's place in the batch, so there the rows stay where they are
         wide = min(t["hidden_bias"].shape[1], t["tower_bias"].shape[1]) >= ROW_MULTIPLE
-        if inputs.device.type == "cpu" and rows > _FEW_ROWS and wide:
+        if may_look(inputs) and rows > _FEW_ROWS and wide:
             return self._own_towers(inputs, member)
         # all members, then each row's own: no shape depends on the members that the rows have
         outs = torch.stack([self.tower(inputs, m) for m in range(self.n_members)], dim=1)
@@ -373,7 +374,7 @@ class FrozenResponse(Judge):
 
     def _scores(self, index: Tensor, row: Tensor) -> Tensor:
         """Products of rows of the table with the users' rows; (rows, m) and (rows, n_outcomes, d) -> (rows, m, n_outcomes)."""
-        if index.device.type != "cpu" or index.shape[0] <= _CACHED_ROWS:
+        if not may_look(index) or index.shape[0] <= _CACHED_ROWS:
             return rows_of(self._table, index).mul_(row[:, None]).sum(dim=-1)
         # what is gathered for one block stays in the cache until it is summed
         parts = zip(index.split(_CACHED_ROWS), row.split(_CACHED_ROWS), strict=True)
