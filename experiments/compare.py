@@ -53,6 +53,8 @@ class Args:
     """Training seeds of each learner; its own default if absent (10 for ppo, 5 for sb3_ppo)."""
     seeds_of: tuple[str, ...] = ()
     """Training seeds of single agents, AGENT=N each."""
+    set_of: tuple[str, ...] = ()
+    """Hyperparameters of single learners, AGENT:NAME=VALUE each, e.g. `ppo:gamma=0.95`."""
     steps: int = 300_000
     """Requests that each training run learns from, the same for every learner."""
     evaluation: EvalSettings = field(default_factory=EvalSettings)

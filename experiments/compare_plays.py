@@ -122,6 +122,21 @@ def seeds_of(texts: Sequence[str]) -> dict[str, int]:
     return found
 
 
+def set_of(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Hyperparameters by learner, from texts such as `ppo:gamma=0.95`.
+
+    Raises:
+        ValueError: When a text is none, or names no learner.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        name, _, setting = text.partition(":")
+        if name not in LEARNERS or "=" not in setting:
+            raise ValueError(f"--set-of {text!r}: expected LEARNER:NAME=VALUE, for example ppo:gamma=0.95")
+        found[name] = (*found.get(name, ()), setting)
+    return found
+
+
 class Comparer:
     """One comparison's work: what is trained, what is played, and how.
 
@@ -138,6 +153,7 @@ class Comparer:
         self.agents: tuple[str, ...] = ()
         self.skipped: dict[str, str] = {}
         self._seeds_of = seeds_of(args.seeds_of)
+        self._set_of = set_of(args.set_of)
         self.world = load_world(args.world)
         chosen = tuple(a for part in args.agents for a in part.split(",") if a)
         for name in pick(chosen, tuple(LEARNERS)):
@@ -174,6 +190,7 @@ class Comparer:
                             slate_size=args.evaluation.slate_size,
                             cost_weight=weight,
                             env=(SELECT_ID, *env_pairs(training_settings(args.evaluation.env))),
+                            set=self._set_of.get(agent, ()),
                             resume=True,
                             device=args.device if LEARNERS[agent].output == "torch" else "cpu",
                             runs=args.runs,
@@ -455,6 +472,7 @@ def train_command(job: TrainArgs) -> str:
     for flag, value in (("--horizon", job.horizon), ("--slate-size", job.slate_size)):
         parts += [] if value is None else [flag, str(value)]
     parts += ["--cost-weight", str(job.cost_weight)] if job.cost_weight else []
+    parts += ["--set", *job.set] if job.set else []
     parts += ["--env", *job.env] if job.env != (SELECT_ID,) else []
     return shlex.join([*parts, "--resume"])
 

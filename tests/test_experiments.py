@@ -130,6 +130,17 @@ def test_single_agents_may_have_other_numbers_of_seeds(world_folder: Path, tmp_p
             compare.Comparer(dataclasses.replace(args, seeds_of=(wrong,)))
 
 
+def test_single_learners_may_have_other_hyperparameters(world_folder: Path, tmp_path: Path) -> None:
+    args = _compare_args(world_folder, tmp_path, ("ppo", "sb3_ppo"))
+    comparer = compare.Comparer(dataclasses.replace(args, set_of=("ppo:gamma=0.95", "ppo:gae_lambda=0.8")))
+    jobs = comparer.training_args(_Horizon(4))  # type: ignore[arg-type]
+    assert {job.agent: job.set for job in jobs} == {"ppo": ("gamma=0.95", "gae_lambda=0.8"), "sb3_ppo": ()}
+    assert "--set gamma=0.95 gae_lambda=0.8" in compare.train_command(jobs[0])
+    for wrong in ("gamma=0.95", "ucb1:scale=2", "ppo:gamma"):
+        with pytest.raises(ValueError, match="expected LEARNER:NAME=VALUE"):
+            compare.Comparer(dataclasses.replace(args, set_of=(wrong,)))
+
+
 def test_compare_writes_every_file_and_a_second_run_trains_and_plays_nothing(
     world_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
