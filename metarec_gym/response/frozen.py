@@ -333,7 +333,7 @@ class FrozenResponse(Judge):
         seen = state.clone()
         count = seen[:, -1:]
         seen[:, self.n_decays * self.dim : -1] /= count.clamp(min=1.0)
-        torch.div(torch.log1p(count), 7.0, out=count)
+        count.copy_(torch.log1p(count) / 7.0)
         return seen
 
     def tower(self, inputs: Tensor, member: Tensor | int = 0) -> Tensor:
