@@ -263,7 +263,8 @@ class CapturedRollout:
     # ------------------------------------------------------------------------------------------ CUDA graphs
     def _replayed(self, carry: Carry, played: Played) -> Carry:
         if self._graph is None:
-            self._record(carry, played)
+            with torch.cuda.device(self.env.device):
+                self._record(carry, played)
         fixed = self._carry
         assert fixed is not None
         _copy_into(fixed, carry)
