@@ -45,7 +45,8 @@ class Args:
     """Passes over each rollout."""
     minibatch_size: int = 1056
     """Requests per gradient step; the last one of a pass may be smaller. A recurrent network takes whole environments, as many as
-    fit in. Eight steps a pass learn as much from 1,024 environments as from 256, so this may grow with them."""
+    fit in. With more environments it may grow, but fewer gradient steps a request need larger budgets
+    (`experiments/results/ppo_limits.md`)."""
     shuffle: Literal["epoch", "once"] = "epoch"
     """A new order of the requests in every pass, or one for all passes of an iteration (rsl_rl)."""
     clip_range: float = 0.2
