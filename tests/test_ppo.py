@@ -5,7 +5,7 @@ Which test is which, in this file if no other is named:
 - P1 advantages: equal a numpy loop, the closed form, and SB3's buffer (test_ppo_parity).
 - P2 truncation: an endless task is worth 50 only with the bootstrap; the observation after a reset never enters.
 - P3 one update equals SB3's, P5 also masked against sb3-contrib: test_ppo_parity. Masked choices have no gradient and no entropy.
-- P4 (whole runs against SB3 with shared noise) is not here; both parts are: advantages and updates equal, rollouts by P6 and P8.
+- P4 a whole run equals SB3's with the same uniforms and permutations: test_ppo_whole_run.
 - P6 ratio one at the first gradient step; with memory: test_ppo_memory.
 - P7 equal seeds, equal policies; numpy equals torch output (test_ppo_options); several processes equal one (test_ppo_team).
 - P8 both autoreset modes: reset rows are not learned from; whole episodes teach the same (test_ppo_options).
