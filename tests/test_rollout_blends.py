@@ -13,7 +13,7 @@ from agents.hybrid import FixedBlend
 from metarec_gym.envs.vector_env import MetaRecVectorEnv
 from metarec_gym.evaluation.headroom import FOLDS, EvalSettings, Headroom, measure_headroom, play_task
 from metarec_gym.evaluation.hull import offer
-from metarec_gym.evaluation.leaderboard import PolicyPlays, leaderboard
+from metarec_gym.evaluation.leaderboard import PolicyPlays, blends_sentence, leaderboard
 from metarec_gym.evaluation.metrics import usage_entropy
 from metarec_gym.evaluation.rollout import Fixed, Played, Player, RolloutResult, Window, action_of, rollout
 from metarec_gym.policy import Chooses, FixedPolicy, MlpPolicy, StatelessPolicy
@@ -159,6 +159,9 @@ def test_the_leaderboard_charges_a_blend_for_all_and_shares_it_out_by_weight(
         _plays(tiny_world, headroom, "select", Fixed(1)),
     ]
     blend, alone, select = leaderboard(plays, headroom, costs)
+    assert [row.blends for row in (blend, alone, select)] == [True, True, False]
+    assert blends_sentence([select], 0) == ""
+    assert "the best that blends, alone, gains" in blends_sentence([blend, alone, select], headroom.headline)
     assert blend.cost == pytest.approx(costs.sum())
     assert blend.share == pytest.approx([0.5, 0.25, 0.25])
     assert blend.entropy == pytest.approx(usage_entropy([2, 1, 1])) == pytest.approx(1.5)

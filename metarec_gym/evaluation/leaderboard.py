@@ -105,6 +105,7 @@ class PolicyRow:
         note: One line.
         lift_sbs_second: Lift over the single best strategy, both scored by a judge of another family; empty without one.
         value_train: Utility on the training users by the training judge; empty where that was not played.
+        blends: Several strategies serve a request together; its lift says nothing about selecting.
     """
 
     name: str
@@ -129,6 +130,7 @@ class PolicyRow:
     note: str = ""
     lift_sbs_second: tuple[Interval, ...] = ()
     value_train: tuple[Interval, ...] = ()
+    blends: bool = False
 
     def model_dependent(self, window: int) -> bool:
         """Whether the lift over the single best strategy is sure under the main judge and changes sign under the second."""
@@ -221,6 +223,19 @@ def _row(policy: PolicyPlays, headroom: Headroom, costs: Floats, second_sbs: Flo
         if second is None or second_sbs is None
         else tuple(lift(second[:, :, p], second_sbs[:, p]) for p in windows),
         value_train=() if train is None else tuple(mean_interval(train[:, :, p]) for p in windows),
+        blends=any(p.asked is not None for p in everything),
+    )
+
+
+def blends_sentence(rows: Sequence[PolicyRow], window: int) -> str:
+    """What the best policy that blends gains, which no verdict on selecting counts; empty where none was played."""
+    blends = [row for row in rows if row.blends]
+    if not blends:
+        return ""
+    best = max(blends, key=lambda row: row.lift_sched[window].estimate)
+    return (
+        f"Blending is no selecting and not counted here; the best that blends, {best.name}, gains "
+        f"{best.lift_sched[window].as_percent()} over the best non-personal rule at cost {best.cost:.2f} a request."
     )
 
 
