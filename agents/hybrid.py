@@ -1,10 +1,9 @@
 """A fixed weighted hybrid: one fusion of all strategies' lists for everyone, its weights chosen on training users by CMA-ES.
 
 It is played in `MetaRec/Blend-v0`, where a request pays for every strategy whose weight is above 0; so it is no `Policy` over
-strategies. `HybridEnv` lets `rollout` play it: whatever strategy is asked for, the hybrid serves.
+strategies, but an `ActingPolicy`: `rollout` makes the environment that it needs.
 
-    weights = learn_fixed_hybrid(lesson)
-    rollout(world, "B", FixedPolicy(0), make_env=lambda n: HybridEnv(recipe.make(n, fold="B", action="blend"), weights), ...)
+    rollout(world, "B", learn_fixed_hybrid(lesson), ...)
 """
 
 from __future__ import annotations
@@ -17,46 +16,51 @@ from torch import Tensor
 
 from agents.search import Args, CmaEs
 from agents.service import EnvRecipe, row_seeds
+from metarec_gym.envs.actions import blend_weights
 from metarec_gym.envs.vector_env import MetaRecVectorEnv
+from metarec_gym.policy import Chooses, StatelessPolicy
 from metarec_gym.seeding import stream
 
 FINAL_SHARE = 0.2
-"""Share of the budget that compares the answer with equal weights and the best single candidates on fresh users."""
+"""Share of the budget that compares what was found with equal weights and every strategy alone, on fresh users."""
 
 
-class HybridEnv:
-    """A Blend environment that always blends with the same weights, offered as a Select environment.
+class FixedBlend(StatelessPolicy):
+    """The same fusion at every request.
 
     Args:
-        env: A Blend environment with torch output.
         weights: float32 (K,), as the action of Blend: -1 = does not take part, 1 = full weight.
+
+    Raises:
+        ValueError: When the weights are no vector of numbers in [-1, 1].
     """
 
-    def __init__(self, env: MetaRecVectorEnv, weights: Tensor) -> None:
-        if env.config.action != "blend" or weights.shape != (env.world.n_strategies,):
-            raise ValueError(
-                f"the action is {env.config.action!r} and the weights have shape {tuple(weights.shape)}; expected 'blend' "
-                f"and ({env.world.n_strategies},)"
-            )
-        self.env, self.num_envs = env, env.num_envs
-        self.weights = weights.to(env.device, torch.float32)
+    chooses: Chooses = "blend"
 
-    @property
-    def expected_reward(self) -> Tensor:
-        """float32 (num_envs,), of the last request."""
-        return self.env.expected_reward
+    def __init__(self, weights: Tensor) -> None:
+        if weights.ndim != 1 or not bool((weights.abs() <= 1.0).all()):
+            raise ValueError(f"the weights are {weights.tolist()}; expected K numbers in [-1, 1]")
+        self.weights = weights.to(torch.float32)
 
-    def reset(self, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
-        """As the environment's."""
-        return self.env.reset(**kwargs)
+    def act(self, obs: Tensor, action_mask: Tensor, draw: Tensor | None = None) -> Tensor:
+        """The weights of what is in service, see `in_service`; float32 (num_rows, K)."""
+        return in_service(self.weights.to(obs.device)[None], action_mask)
 
-    def step(self, actions: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
-        """Serves the hybrid, whatever strategies `actions` name."""
-        return self.env.step(self.weights.expand(self.num_envs, -1))
 
-    def close(self) -> None:
-        """Closes the environment."""
-        self.env.close()
+def in_service(weights: Tensor, action_mask: Tensor) -> Tensor:
+    """Weights without what is out of service: that would cost and bring nothing. Where nothing is left, all that serve alike.
+
+    Args:
+        weights: float32 (num_rows or 1, K), as the action of Blend.
+        action_mask: bool (num_rows, K).
+
+    Returns:
+        float32 (num_rows, K).
+    """
+    weight = torch.where(action_mask, blend_weights(weights), 0.0)
+    weight = torch.where((weight > 0).any(dim=1, keepdim=True), weight, action_mask.to(torch.float32))
+    # a weight of 0 is -1 exactly
+    return 2.0 * weight - 1.0
 
 
 def blend_returns(env: MetaRecVectorEnv, weights: Tensor, seeds: list[int]) -> tuple[Tensor, int]:
@@ -71,25 +75,31 @@ def blend_returns(env: MetaRecVectorEnv, weights: Tensor, seeds: list[int]) -> t
         float64 (C, U), and the number.
     """
     action = weights.clamp(-1.0, 1.0).to(env.device, torch.float32).repeat_interleave(len(seeds), dim=0)
-    env.reset(seed=seeds * len(weights))
+    _, info = env.reset(seed=seeds * len(weights))
     alive = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
     total, served = torch.zeros(env.num_envs, dtype=torch.float64, device=env.device), 0
     with torch.no_grad():
         for _ in range(env.horizon):
-            _, reward, terminated, truncated, _ = env.step(action)
+            _, reward, terminated, truncated, info = env.step(in_service(action, info["action_mask"].to(torch.bool)))
             total += torch.where(alive, reward, 0.0)
             served += int(alive.sum())
             alive = alive & ~(terminated | truncated)
     return (total / env.horizon).view(len(weights), len(seeds)).cpu(), served
 
 
-def learn_fixed_hybrid(lesson: Any, population: int = 12, users: int = 16) -> Tensor:
-    """Weights of the fusion; lesson -> float32 (K,), actions of Blend.
+def learn_fixed_hybrid(lesson: Any, population: int = 12, users: int = 16) -> FixedBlend:
+    """Learns the weights of the fusion from requests to training users.
+
+    CMA-ES searches them (Hansen, 2016); the last share of the budget plays the mean that it ends with, its best candidate, equal
+    weights and every strategy alone with the same fresh users, and the best of these is the answer.
 
     Args:
         lesson: What may be learned from.
         population: Candidates a generation.
         users: Fresh users a generation.
+
+    Returns:
+        The fusion.
 
     Raises:
         ValueError: When the budget leaves no generation.
@@ -113,8 +123,10 @@ def learn_fixed_hybrid(lesson: Any, population: int = 12, users: int = 16) -> Te
         lead = float(scores.max() - scores.mean())
         best = max(best, (lead, candidates[int(scores.argmax())]), key=lambda entry: entry[0])
     answer = optimiser.answer()
-    finalists = torch.stack([equal, best[1], equal if answer is None else answer]).clamp(-1.0, 1.0)
-    count = max(users, (lesson.requests - spent) // (len(finalists) * env.horizon))
+    alone = 2.0 * torch.eye(len(equal), dtype=torch.float64) - 1.0
+    found = torch.stack([equal, best[1], equal if answer is None else answer])
+    finalists = torch.cat([found, alone]).clamp(-1.0, 1.0)
+    count = max(2, (lesson.requests - spent) // (len(finalists) * env.horizon))
     final = recipe.make(len(finalists) * count, action="blend")
     values, _ = blend_returns(final, finalists, row_seeds(seed, count, "final"))
-    return finalists[int(values.mean(dim=1).argmax())].to(torch.float32)
+    return FixedBlend(finalists[int(values.mean(dim=1).argmax())])

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from agents import search, supervised
 from agents.bandits.lessons import BANDITS
-from metarec_gym.policy import Policy
+from agents.hybrid import learn_fixed_hybrid
+from metarec_gym.policy import ActingPolicy, Policy
 
 if TYPE_CHECKING:
     from metarec_gym.envs.vector_env import MetaRecVectorEnv
@@ -93,7 +94,7 @@ class Entry:
 
     kind: str
     seeds: int
-    learn: Callable[[Lesson], Policy]
+    learn: Callable[[Lesson], Policy | ActingPolicy]
     note: str = ""
     needs: tuple[str, ...] = ()
     sees: tuple[str, ...] = ("history", "request")
@@ -165,6 +166,14 @@ ROSTER: dict[str, Entry] = {
         supervised.learn_supervised_bandit,
         "boosted trees as prior, then each user's answers",
         sees=_ALL,
+    ),
+    "fixed_hybrid": Entry(
+        "supervised",
+        5,
+        learn_fixed_hybrid,
+        "one weighted fusion of all lists for everyone, charged for all that it asks",
+        ("cma",),
+        sees=(),
     ),
     "round_robin": Entry("fixed", 1, supervised.learn_round_robin, "every strategy in turn", sees=()),
 }

@@ -15,7 +15,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from experiments.compare_plays import SECOND_NOTE, Comparer, train_command
 from experiments.env_settings import env_pairs
 from experiments.headroom import PLAY_CODE, measure, world_line
 from experiments.run_folder import RunFolder, code_hash, command_line, versions, write_atomic
+from experiments.train import LEARNERS, SELECT_ID
 from experiments.train import run_folder as train_folder
 from metarec_gym.evaluation.headroom import EvalSettings
 
@@ -133,7 +134,14 @@ def run(args: Args) -> Comparison:
     """
     from metarec_gym.evaluation.explain.explanation import read_explanation
     from metarec_gym.evaluation.hull import hull_markdown
-    from metarec_gym.evaluation.leaderboard import TRAINED, csv_text, leaderboard, markdown_table, text_table
+    from metarec_gym.evaluation.leaderboard import (
+        TRAINED,
+        blends_sentence,
+        csv_text,
+        leaderboard,
+        markdown_table,
+        text_table,
+    )
     from metarec_gym.evaluation.pairs import paired_differences, pairs_markdown
     from metarec_gym.evaluation.report import ReportData, cautions, render
     from metarec_gym.evaluation.report.comparison import frontier_lines
@@ -185,13 +193,14 @@ def run(args: Args) -> Comparison:
     pairs = paired_differences(policies, at)
     again = comparer.play_priced(headroom, priced, headroom_run.path / "plays") if more else {}
     frontiers = _frontiers(policies, again, headroom, args, world.tensors["costs"].numpy())
-    learned = {row.name: row.lift_sched[at] for row in rows if row.kind in TRAINED}
+    learned = {row.name: row.lift_sched[at] for row in rows if row.kind in TRAINED and not row.blends}
     second = {
         RULE if row.name == "SCHED" else row.name: (row.lift_sbs[at], row.lift_sbs_second[at])
         for row in rows
-        if row.lift_sbs_second and row.kind != "oracle" and row.name != "SBS"
+        if row.lift_sbs_second and row.kind != "oracle" and row.name != "SBS" and not row.blends
     }
     verdict = decide(headroom.sbs_name, headroom.headrooms(), learned, sched=headroom.sched_name, second=second)
+    verdict = replace(verdict, reason=f"{verdict.reason} {blends_sentence(rows, at)}".strip())
     checks = self_checks(policies, headroom)
 
     csv_path = write_atomic(folder.path / f"leaderboard_{world.name}.csv", csv_text(rows, headroom, world.name))
@@ -219,7 +228,9 @@ def run(args: Args) -> Comparison:
         "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
         "device": args.device,
     }
-    files = [train_folder(job).path / "policy.safetensors" for job in jobs]
+    # weights of a blend are no choice that could be explained
+    selecting = [job for job in jobs if LEARNERS[job.agent].env == SELECT_ID]
+    files = [train_folder(job).path / "policy.safetensors" for job in selecting]
     explained = (read_explanation(file, world.hash) for file in files)
     data = ReportData(
         world,

@@ -35,8 +35,6 @@ TRAIN_REPLICATES = 1
 """Replicates that learned policies play on their training users, to show how much better they look there."""
 SECOND = "second"
 """The judge of another family."""
-BLENDS = ("sb3_sac",)
-"""Learners of continuous actions: they cannot select."""
 LEARNER_NEEDS = dict.fromkeys(("sb3_maskable_ppo", "sb3_recurrent_ppo", "sb3_qrdqn", "sb3_trpo"), ("sb3_contrib",))
 """Modules outside the core dependencies that learners need."""
 SECOND_NOTE = (
@@ -160,8 +158,6 @@ class Comparer:
             missing = ROSTER[name].missing() if name in ROSTER else absent(LEARNER_NEEDS.get(name, ()))
             if missing:
                 self.skipped[name] = f"it needs {', '.join(missing)}, which is not installed"
-            elif name in BLENDS:
-                self.skipped[name] = "it acts in MetaRec/Blend-v0 only"
             else:
                 self.agents += (name,)
 
@@ -189,7 +185,7 @@ class Comparer:
                             horizon=headroom.horizon,
                             slate_size=args.evaluation.slate_size,
                             cost_weight=weight,
-                            env=(SELECT_ID, *env_pairs(training_settings(args.evaluation.env))),
+                            env=(LEARNERS[agent].env, *env_pairs(training_settings(args.evaluation.env))),
                             set=self._set_of.get(agent, ()),
                             resume=True,
                             device=args.device if LEARNERS[agent].output == "torch" else "cpu",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from metarec_gym.world import World
 
 SELECT_ID = "MetaRec/Select-v0"
+BLEND_ID = "MetaRec/Blend-v0"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Learner:
     output: Literal["torch", "numpy"]
     settings: dict[str, Any] = field(default_factory=dict)
     """Hyperparameters that differ from the module's defaults."""
+    env: str = SELECT_ID
+    """Registered id that a comparison trains it in."""
 
 
 LEARNERS = {
@@ -49,7 +52,7 @@ LEARNERS = {
     "sb3_ppo": Learner("agents.sb3.ppo", seeds=5, num_envs=256, num_steps=33, output="numpy"),
     "sb3_a2c": Learner("agents.sb3.a2c", seeds=5, num_envs=256, num_steps=8, output="numpy"),
     "sb3_dqn": Learner("agents.sb3.dqn", seeds=5, num_envs=64, num_steps=1, output="numpy"),
-    "sb3_sac": Learner("agents.sb3.sac", seeds=5, num_envs=64, num_steps=1, output="numpy"),
+    "sb3_sac": Learner("agents.sb3.sac", seeds=5, num_envs=64, num_steps=1, output="numpy", env=BLEND_ID),
     "sb3_maskable_ppo": Learner("agents.sb3.maskable_ppo", seeds=5, num_envs=256, num_steps=33, output="numpy"),
     "sb3_recurrent_ppo": Learner("agents.sb3.recurrent_ppo", seeds=5, num_envs=256, num_steps=33, output="numpy"),
     "sb3_qrdqn": Learner("agents.sb3.qrdqn", seeds=5, num_envs=64, num_steps=1, output="numpy"),

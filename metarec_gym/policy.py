@@ -46,6 +46,25 @@ class Policy(Protocol):
         """
 
 
+class ActingPolicy(Protocol):
+    """A policy that gives the environment's action itself: a blend has weights, and slots have a strategy a place.
+
+    Attributes:
+        chooses: Kind of action, which the environment must have.
+    """
+
+    chooses: Chooses
+
+    def begin(self, num_rows: int, device: torch.device | str = "cpu") -> None:
+        """As in `Policy`."""
+
+    def act(self, obs: Tensor, action_mask: Tensor, draw: Tensor | None = None) -> Tensor:
+        """The action, see `MlpPolicy.act`."""
+
+    def observe(self, obs: Tensor, action: Tensor, reward: Tensor, alive: Tensor) -> None:
+        """As in `Policy`; `action` is what `act` gave."""
+
+
 class StatelessPolicy:
     """Base of the policies that keep nothing between requests."""
 

@@ -185,6 +185,39 @@ def test_compare_writes_every_file_and_a_second_run_trains_and_plays_nothing(
     assert before == after
 
 
+@pytest.mark.slow
+def test_blends_stand_on_the_leaderboard_and_the_verdict_on_selecting_does_not_count_them(
+    world_folder: Path, tmp_path: Path
+) -> None:
+    args = dataclasses.replace(
+        _compare_args(world_folder, tmp_path, ("sb3_sac", "fixed_hybrid", "ppo")),
+        seeds=1,
+        steps=1024,
+        cost_weights=(0.5,),
+    )
+    jobs = compare.Comparer(args).training_args(_Horizon(4))  # type: ignore[arg-type]
+    assert {train.env_of(job)[0] for job in jobs if job.agent == "sb3_sac"} == {"MetaRec/Blend-v0"}
+    assert "--env MetaRec/Blend-v0" in compare.train_command(next(job for job in jobs if job.agent == "sb3_sac"))
+    result = compare.run(args)
+    rows = {row.name: row for row in result.rows}
+    assert {name for name, row in rows.items() if row.blends} == {"sb3_sac", "fixed_hybrid"}
+    assert (rows["sb3_sac"].kind, rows["fixed_hybrid"].kind) == ("learned", "supervised")
+    # the network's weights are never 0 exactly: each request asks all three
+    costs = World.load(world_folder).tensors["costs"].numpy()
+    assert rows["sb3_sac"].cost == pytest.approx(costs.sum())
+    assert rows["sb3_sac"].share.sum() == pytest.approx(1.0)
+    assert rows["sb3_sac"].value_train
+    # a fixed fusion of these lists is worth what its strategies are worth on average: half of the users like each
+    assert rows["fixed_hybrid"].value[result.headroom.headline].estimate == pytest.approx(0.6, abs=0.05)
+    assert result.verdict.policy in (None, "ppo")
+    assert "Blending is no selecting" in result.verdict.reason
+    offers = {o.label: o for o in result.frontiers[0].offers}
+    assert {f"{name}{end}" for name in ("sb3_sac", "fixed_hybrid", "ppo") for end in ("", " (cost weight 0.5)")} <= set(
+        offers
+    )
+    assert offers["sb3_sac"].cost == pytest.approx(costs.sum())
+
+
 @pytest.fixture(scope="module")
 def two_judges(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny world with a second judge by which users like the *other* category: 0.1 becomes 0.5 and the reverse."""

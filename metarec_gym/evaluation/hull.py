@@ -59,7 +59,7 @@ def offer(policy: PolicyPlays, costs: Floats, *, cost_weight: float, window: int
     utility, spent = [], []
     for seed in range(len(policy.plays[FOLDS[0]])):
         plays = [policy.plays[fold][seed] for fold in FOLDS]
-        cost = [p.served @ costs / (horizon * p.value.shape[1]) for p in plays]
+        cost = [p.paid @ costs / (horizon * p.value.shape[1]) for p in plays]
         by_user = np.concatenate([per_user(p.user, c) for p, c in zip(plays, cost, strict=True)])
         net = np.concatenate([per_user(p.user, p.value.mean(axis=1)[:, window]) for p in plays])
         utility.append(net + cost_weight * by_user)

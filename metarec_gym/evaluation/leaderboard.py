@@ -93,9 +93,9 @@ class PolicyRow:
         agc_greedy: Likewise for the greedy oracle.
         fir_share: Share of the full-information reference's lift over the single best strategy; None where that lift is not
             surely above 2 % or it was not played.
-        entropy: Entropy of the strategies served, bits; mean over seeds.
+        entropy: Entropy of the strategies served (of their shares where several serve a request), bits; mean over seeds.
         worst_decile: Utility of the tenth of users served worst, at the headline horizon.
-        cost: Mean serving cost of a request relative to the dearest strategy.
+        cost: Mean serving cost of a request relative to the dearest strategy, of all that it asks: a blend's may be above 1.
         seconds: Mean training time.
         segment_value: Utility in each segment at the headline horizon; None where a segment has fewer than two users.
         share: float64 (K,), share of all requests that each strategy served.
@@ -105,6 +105,7 @@ class PolicyRow:
         note: One line.
         lift_sbs_second: Lift over the single best strategy, both scored by a judge of another family; empty without one.
         value_train: Utility on the training users by the training judge; empty where that was not played.
+        blends: Several strategies serve a request together; its lift says nothing about selecting.
     """
 
     name: str
@@ -129,6 +130,7 @@ class PolicyRow:
     note: str = ""
     lift_sbs_second: tuple[Interval, ...] = ()
     value_train: tuple[Interval, ...] = ()
+    blends: bool = False
 
     def model_dependent(self, window: int) -> bool:
         """Whether the lift over the single best strategy is sure under the main judge and changes sign under the second."""
@@ -186,6 +188,7 @@ def _row(policy: PolicyPlays, headroom: Headroom, costs: Floats, second_sbs: Flo
     fir = headroom.pooled({f: headroom.fir[f].value for f in FOLDS}) if headroom.fir else None
     everything = [p for plays in policy.plays.values() for p in plays]
     served = np.sum([p.served.sum(axis=0) for p in everything], axis=0).astype(np.float64)
+    paid = np.sum([p.paid.sum(axis=0) for p in everything], axis=0).astype(np.float64)
     by_seed = [sum(policy.plays[f][s].served.sum(axis=0) for f in FOLDS) for s in range(len(policy.plays[FOLDS[0]]))]
     requests = policy.by_request()
     curve = [mean_interval(requests[:, :, t]) for t in range(requests.shape[2])]
@@ -209,7 +212,7 @@ def _row(policy: PolicyPlays, headroom: Headroom, costs: Floats, second_sbs: Flo
         ),
         entropy=float(np.mean([usage_entropy(counts) for counts in by_seed])),
         worst_decile=worst_decile(values[:, :, headroom.headline]),
-        cost=float((served * costs).sum() / max(served.sum(), 1.0)),
+        cost=float((paid * costs).sum() / max(served.sum(), 1.0)),
         seconds=policy.seconds,
         segment_value=_segment_values(policy, headroom.headline),
         share=served / max(served.sum(), 1.0),
@@ -220,6 +223,19 @@ def _row(policy: PolicyPlays, headroom: Headroom, costs: Floats, second_sbs: Flo
         if second is None or second_sbs is None
         else tuple(lift(second[:, :, p], second_sbs[:, p]) for p in windows),
         value_train=() if train is None else tuple(mean_interval(train[:, :, p]) for p in windows),
+        blends=any(p.asked is not None for p in everything),
+    )
+
+
+def blends_sentence(rows: Sequence[PolicyRow], window: int) -> str:
+    """What the best policy that blends gains, which no verdict on selecting counts; empty where none was played."""
+    blends = [row for row in rows if row.blends]
+    if not blends:
+        return ""
+    best = max(blends, key=lambda row: row.lift_sched[window].estimate)
+    return (
+        f"Blending is no selecting and not counted here; the best that blends, {best.name}, gains "
+        f"{best.lift_sched[window].as_percent()} over the best non-personal rule at cost {best.cost:.2f} a request."
     )
 
 

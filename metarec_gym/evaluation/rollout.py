@@ -2,7 +2,8 @@
 
 A row is one episode: a start state and a replicate. The environment's draws are keyed by (seed, user, replicate,
 request, item, outcome), the policy's by (seed, start state, replicate, request), so every policy meets the same luck
-and a difference between two policies on the same rows is theirs alone.
+and a difference between two policies on the same rows is theirs alone. A policy that blends strategies, or gives each place
+of a slate its own, is played in an environment of its kind of action with that same luck, and pays for all that it asks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metarec_gym.policy import Policy, masked_uniform, one_hot_probs, sample_actions
+from metarec_gym.policy import ActingPolicy, Chooses, Policy, masked_uniform, one_hot_probs, sample_actions
 from metarec_gym.seeding import fold_in, mix, stream, uniform
 
 if TYPE_CHECKING:
@@ -172,8 +173,14 @@ class Greedy:
         return best
 
 
-Player = Policy | RowRule | Privileged | Callable[[], Policy]
+Player = Policy | ActingPolicy | RowRule | Privileged | Callable[[], Policy]
 """What can be played: a policy (or a function that makes one), a rule over rows, or a privileged reference."""
+
+
+def action_of(player: Player) -> Chooses:
+    """Kind of action that the player's environment must have: its `chooses`, and `select` where it says nothing."""
+    found: Chooses = getattr(player, "chooses", "select")
+    return found
 
 
 def effort_of(player: Player, n_strategies: int) -> int:
@@ -236,9 +243,11 @@ class RolloutResult:
         noise: int64 (R,), keys of the luck.
         expected: float32 (C, R, T), expected reward given state and drawn user effects; 0 after leaving.
         reward: float32 (C, R, T), sampled reward; 0 after leaving.
-        action: int16 (C, R, T), the strategy that served; -1 after leaving.
+        action: int16 (C, R, T), the strategy that served, of several the one of the largest share; -1 after leaving.
         alive: bool (C, R, T), the request was served.
         engaged: int16 (C, R, T), items the user took.
+        share: float64 (C, R, K), each strategy's share in a request, summed over the requests served; None where one serves.
+        asked: int64 (C, R, K), requests for which each strategy had to rank; None where one serves.
     """
 
     start_state: NDArray[np.int64]
@@ -250,6 +259,8 @@ class RolloutResult:
     action: NDArray[np.int16]
     alive: NDArray[np.bool_]
     engaged: NDArray[np.int16]
+    share: Floats | None = None
+    asked: NDArray[np.int64] | None = None
 
     def value(self, window: Window) -> Floats:
         """Mean expected reward a request of every episode, zero after leaving; (C, R)."""
@@ -259,7 +270,11 @@ class RolloutResult:
 
     def played(self, windows: Sequence[Window], n_strategies: int) -> Played:
         """The summary that is stored and compared."""
-        counts = np.stack([(self.action == k).sum(axis=(1, 2)) for k in range(n_strategies)], axis=1)
+        if self.share is None:
+            counts = np.stack([(self.action == k).sum(axis=(1, 2)) for k in range(n_strategies)], axis=1)
+            served: NDArray[Any] = counts.astype(np.int64)
+        else:
+            served = self.share.sum(axis=1)
         return Played(
             start_state=self.start_state,
             user=self.user,
@@ -267,8 +282,9 @@ class RolloutResult:
             noise=self.noise,
             value=np.stack([self.value(w) for w in windows], axis=2),
             by_request=self.expected.mean(axis=1, dtype=np.float64),
-            served=counts.astype(np.int64),
+            served=served,
             engaged=self.engaged.mean(axis=1, dtype=np.float64).cumsum(axis=1),
+            asked=None if self.asked is None else self.asked.sum(axis=1),
         )
 
 
@@ -283,8 +299,9 @@ class Played:
         noise: int64 (R,).
         value: float64 (C, R, P), mean expected reward a request.
         by_request: float64 (C, T), expected reward of each request, mean over replicates.
-        served: int64 (C, K), requests that each strategy served.
+        served: int64 (C, K), requests that each strategy served; where several serve one, float64, the sum of their shares.
         engaged: float64 (C, T), items taken so far, mean over replicates.
+        asked: int64 (C, K), requests for which each strategy had to rank; None where one strategy serves a request.
     """
 
     start_state: NDArray[np.int64]
@@ -293,12 +310,18 @@ class Played:
     noise: NDArray[np.int64]
     value: Floats
     by_request: Floats
-    served: NDArray[np.int64]
+    served: NDArray[Any]
     engaged: Floats
+    asked: NDArray[np.int64] | None = None
+
+    @property
+    def paid(self) -> NDArray[Any]:
+        """Requests that each strategy costs, (C, K): all that it was asked for, not its share in them alone."""
+        return self.served if self.asked is None else self.asked
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Its arrays by name, for an .npz file."""
-        return dict(vars(self))
+        return {name: array for name, array in vars(self).items() if array is not None}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> Played:
@@ -366,7 +389,8 @@ def rollout(
     Args:
         world: The world.
         fold: Whose users, and whose judge: "A" or "B".
-        player: What chooses the strategies; a policy's probabilities are sampled with keyed draws.
+        player: What chooses the strategies; a policy's probabilities are sampled with keyed draws. Its `chooses` decides the
+            environment's kind of action.
         contexts: int64 (C,), start states of the fold.
         replicates: Episodes from each start state, R.
         horizon: Requests an episode, T.
@@ -384,14 +408,15 @@ def rollout(
         What happened.
 
     Raises:
-        ValueError: When there is nothing to play.
+        ValueError: When there is nothing to play, or `make_env` makes an environment of another kind of action.
     """
     n_contexts = len(contexts)
     total = n_contexts * replicates
     if total == 0:
         raise ValueError(f"{n_contexts} start states and {replicates} replicates leave no episode to play")
     if make_env is None:
-        make_env = env_maker(world, fold, horizon, slate_size, cost_weight, env_settings, device)
+        kind = action_of(player)
+        make_env = env_maker(world, fold, horizon, slate_size, cost_weight, env_settings, device, action=kind)
     context = torch.arange(n_contexts).repeat_interleave(replicates)
     replicate = torch.arange(replicates).repeat(n_contexts)
     batch = min(batch_rows, total)
@@ -410,8 +435,9 @@ def rollout(
             part = _play(env, player, seat, rows, noise_base, horizon, env_seed, device, tick)
             parts.append({name: array[:kept] for name, array in part.items()})
     env.close()
-    merged = {
-        name: np.concatenate([p[name] for p in parts]).reshape(n_contexts, replicates, horizon) for name in parts[0]
+    # the last dimension: requests, and of shares the strategies
+    merged: dict[str, Any] = {
+        name: np.concatenate([p[name] for p in parts]).reshape(n_contexts, replicates, -1) for name in parts[0]
     }
     return RolloutResult(
         start_state=contexts.numpy(),
@@ -487,6 +513,8 @@ def env_maker(
     cost_weight: float,
     env_settings: Mapping[str, Any] | None,
     device: str | torch.device,
+    *,
+    action: Chooses = "select",
 ) -> Callable[[int], Any]:
     """A function that makes the environment policies are played in, for a number of rows."""
     settings = dict(env_settings or {})
@@ -505,6 +533,7 @@ def env_maker(
             device=str(device),
             output="torch",
             autoreset_mode="Disabled",
+            action=action,
             **settings,
         )
 
@@ -532,18 +561,24 @@ def _play(
     key = fold_in(key, noise.to(device))
     rule = player if isinstance(player, RowRule) else None
     policy = None if seat is not None or rule is not None else _as_policy(cast("Policy", player))
+    kind = action_of(policy) if policy is not None else "select"
+    if kind != "select":
+        _check_kind(env, kind)
     if seat is not None:
         seat.begin(env)
     if policy is not None:
         policy.begin(n, device)
     alive = torch.ones(n, dtype=torch.bool, device=device)
     out: dict[str, list[Tensor]] = {name: [] for name in ("expected", "reward", "action", "alive", "engaged")}
+    shares = _Shares(env, n) if kind != "select" else None
     for request in range(horizon):
         mask = torch.as_tensor(info["action_mask"], device=device).to(torch.bool)
         if seat is not None:
             action = seat.choose(env, mask, request)
         elif rule is not None:
             action = _rule_action(rule.row_choice(rows, request), mask, fold_in(key, request))
+        elif shares is not None:
+            action = cast(ActingPolicy, policy).act(obs, mask, shares.draws(fold_in(key, request)))
         else:
             probs = cast(Policy, policy).action_probs(obs, mask)
             action = sample_actions(probs, uniform(fold_in(key, request)))
@@ -552,7 +587,8 @@ def _play(
         reward = torch.where(alive, reward.to(torch.float32), 0.0)
         out["expected"].append(torch.where(alive, env.expected_reward, 0.0))
         out["reward"].append(reward)
-        out["action"].append(torch.where(alive, action, -1).to(torch.int16))
+        server = action if shares is None else shares.add(info, alive)
+        out["action"].append(torch.where(alive, server, -1).to(torch.int16))
         out["alive"].append(alive)
         taken = torch.as_tensor(info["outcomes"], device=device)[:, :, 0] > 0
         out["engaged"].append(torch.where(alive, taken.sum(dim=1), 0).to(torch.int16))
@@ -561,7 +597,47 @@ def _play(
         alive = alive & ~(terminated | truncated)
         if tick is not None:
             tick()
-    return {name: torch.stack(steps, dim=1).cpu().numpy() for name, steps in out.items()}
+    arrays: dict[str, NDArray[Any]] = {name: torch.stack(steps, dim=1).cpu().numpy() for name, steps in out.items()}
+    return arrays if shares is None else arrays | shares.arrays()
+
+
+class _Shares:
+    """Who had which share in the requests of rows that several strategies serve together."""
+
+    def __init__(self, env: Any, rows: int) -> None:
+        self.strategies, self.blends = env.world.n_strategies, env.config.action == "blend"
+        self.share = torch.zeros(rows, self.strategies, dtype=torch.float64, device=env.device)
+        self.asked = torch.zeros(rows, self.strategies, dtype=torch.int64, device=env.device)
+        self.numbers = torch.arange(self.strategies if self.blends else env.slate_size, device=env.device)
+
+    def draws(self, key: Tensor) -> Tensor:
+        """A uniform draw for each number of the action; int64 (rows,) -> float32 (rows, K or slate_size)."""
+        return uniform(fold_in(key[:, None], self.numbers))
+
+    def add(self, info: Mapping[str, Any], alive: Tensor) -> Tensor:
+        """Counts the request just served where `alive`; the strategy of the largest share, int64 (rows,)."""
+        if self.blends:
+            share = torch.as_tensor(info["strategy_weights"], device=alive.device).to(torch.float64)
+        else:
+            owner = torch.as_tensor(info["slot_strategy"], device=alive.device)
+            share = torch.nn.functional.one_hot(owner, self.strategies).to(torch.float64).mean(dim=1)
+        share = torch.where(alive[:, None], share, 0.0)
+        self.share += share
+        self.asked += share > 0
+        return share.argmax(dim=1)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """As in `RolloutResult`, rows first."""
+        return {"share": self.share.cpu().numpy(), "asked": self.asked.cpu().numpy()}
+
+
+def _check_kind(env: Any, kind: Chooses) -> None:
+    found = env.config.action
+    if found != kind:
+        raise ValueError(
+            f"the player's action is {kind!r} and the environment's {found!r}; make the environment with action={kind!r}, "
+            "and give a function that makes such a policy the attribute `chooses`"
+        )
 
 
 def _rule_action(choice: Tensor, mask: Tensor, key: Tensor) -> Tensor:
@@ -574,7 +650,7 @@ def _rule_action(choice: Tensor, mask: Tensor, key: Tensor) -> Tensor:
 
 
 def _as_policy(player: Policy | Callable[[], Policy]) -> Policy:
-    # a class has the method too, and a function has not; neither is a policy yet
-    ready = hasattr(player, "action_probs") and not isinstance(player, type)
+    # a class has the methods too, and a function has not; neither is a policy yet
+    ready = (hasattr(player, "action_probs") or hasattr(player, "act")) and not isinstance(player, type)
     made: Any = player if ready else cast(Any, player)()
     return cast(Policy, made)
