@@ -146,7 +146,7 @@ MASKED: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 """Requests and settings with which they find the outages by the request's number. The specialist that never fails is a local
 optimum, 2.0 of 2.25: leaving it in time takes many steps, and exploration that lasts."""
-SHORT_OF_MASKED = {"sb3_trpo": "2.10 of 2.25: it has no entropy bonus", "sb3_recurrent_ppo": "2.00 of 2.25"}
+SHORT_OF_MASKED = {"sb3_trpo": "2.10 of 2.25", "sb3_recurrent_ppo": "2.00 of 2.25"}
 """Learners for which no such settings are known yet, with what they reach."""
 
 

@@ -41,7 +41,7 @@ float32 (num_envs,)."""
 
 @dataclass(frozen=True, eq=False)
 class Rules:
-    """What stays the same from step to step."""
+    """What stays the same from step to step: the environment's own, nothing is copied."""
 
     tables: EnvTables
     judge: AnyJudge
@@ -73,7 +73,7 @@ class Outcome:
     terminated: Tensor
     truncated: Tensor
     final_obs: Tensor
-    """float32 (rows, obs_dim): the observation after the request, of the next episode nowhere."""
+    """float32 (rows, obs_dim): the observation after the request, before any reset."""
     expected_reward: Tensor
     episode_return: Tensor
     """float32 (rows,): rewards of the episode, this one included."""
@@ -173,9 +173,7 @@ class CapturedRollout:
         if mode == "compile" and backend == "inductor" and env.device.type == "cpu":
             _check_compiler()
         self.env, self.act, self.num_steps, self.mode = env, act, num_steps, mode
-        self.rules = Rules(
-            env._tables, env._judge, env.config, env.horizon, env.slate_size, env._reward_scale
-        )  # the environment's own tables: nothing is copied
+        self.rules = Rules(env._tables, env._judge, env.config, env.horizon, env.slate_size, env._reward_scale)
         self.noise = torch.zeros(num_steps, env.num_envs, *noise_shape, device=env.device)
         """float32 (num_steps, num_envs, *noise_shape): filled by `run`."""
         self._step: Callable[[Carry, Tensor], tuple[Carry, Tensor, Tensor, Outcome]] = self._move
