@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from agents import search, supervised
 from agents.bandits.lessons import BANDITS
 from agents.hybrid import learn_fixed_hybrid
+from agents.tuned_ppo import learn_tuned_ppo
 from metarec_gym.policy import ActingPolicy, Policy
 
 if TYPE_CHECKING:
@@ -136,6 +137,12 @@ def _bandit(name: str) -> Entry:
 
 
 ROSTER: dict[str, Entry] = {
+    "tuned_ppo": Entry(
+        "learned",
+        10,
+        learn_tuned_ppo,
+        "PPO from a searched schedule on; discount and mean of networks raced on training users",
+    ),
     **{name: _bandit(name) for name in BANDITS},
     "ga": Entry("search", 5, search.learn_ga, "genetic algorithm over a linear policy", ("pymoo",)),
     "pso": Entry("search", 5, search.learn_pso, "particle swarm over a linear policy", ("pymoo",)),

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from agents import bandits
+from agents.race import race
 from metarec_gym.envs import MetaRecVectorEnv
 from metarec_gym.seeding import torch_generator
 from metarec_gym.world import World
@@ -439,7 +440,7 @@ def test_the_tuned_bandit_serves_a_cheap_strategy_where_the_right_one_costs_more
 
 def test_a_race_gives_equal_bandits_equal_values(types: World) -> None:
     fixed = bandits.EpsilonGreedy(types.n_strategies, epsilon=1.0)
-    result = bandits.race(lesson_of(types), [fixed, bandits.EpsilonGreedy(types.n_strategies, epsilon=1.0)], 400, 1)
+    result = race(lesson_of(types), [fixed, bandits.EpsilonGreedy(types.n_strategies, epsilon=1.0)], 400, 1)
     assert torch.equal(result.value[0], result.value[1])
     assert result.value.shape == (2, 40)
     assert result.requests == 400

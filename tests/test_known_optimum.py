@@ -191,7 +191,7 @@ def test_the_stated_optimum_is_that_of_the_best_strategy_of_every_request(known,
 
 
 AGENTS = [
-    pytest.param(agent, name, marks=pytest.mark.slow if entry.kind in ("search", "supervised") else ())
+    pytest.param(agent, name, marks=pytest.mark.slow if entry.kind in ("learned", "search", "supervised") else ())
     for agent, entry in ROSTER.items()
     for name in known_worlds.WORLDS
     # a fixed rule has nothing to find

@@ -32,7 +32,7 @@ def test_a_lesson_makes_environments_of_its_fold_with_its_settings(tiny_world: W
 def test_agents_are_picked_by_name_and_by_kind_in_the_order_of_the_roster() -> None:
     assert pick(("all",), ("ppo",)) == ("ppo", *ROSTER)
     assert pick(("bandit",), ("ppo",)) == tuple(n for n, e in ROSTER.items() if e.kind == "bandit")
-    assert pick(("population_ucb", "learned", "ucb1"), ("ppo",)) == ("ppo", "ucb1", "population_ucb")
+    assert pick(("population_ucb", "learned", "ucb1"), ("ppo",)) == ("ppo", "tuned_ppo", "ucb1", "population_ucb")
     with pytest.raises(ValueError, match=r"\['dqn2'\].*population_ucb"):
         pick(("ppo", "dqn2"), ("ppo",))
 

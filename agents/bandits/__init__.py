@@ -31,7 +31,7 @@ from agents.bandits.per_user import (
 )
 from agents.bandits.population import PopulationThompson, PopulationUcb
 from agents.bandits.shared import best_of, load_bandit
-from agents.bandits.tuned import learn_tuned, race
+from agents.bandits.tuned import learn_tuned
 
 __all__ = [
     "BANDITS",
@@ -57,7 +57,6 @@ __all__ = [
     "gamma_draws",
     "learn_tuned",
     "load_bandit",
-    "race",
     "restart",
     "serve",
 ]

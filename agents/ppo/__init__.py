@@ -9,11 +9,13 @@ wherever implementations differ.
     torchrun --nproc-per-node 2 -m agents.ppo --backend gloo --world worlds/movielens_100k
 
 Read `args`, `heads` (actions), `networks`, `rollout`, `learning` (advantages, losses, update) and `training` in this order;
-`normalise`, `judges`, `team` (several processes) and `captured` (rollouts compiled or in a CUDA graph) are options.
+`normalise`, `judges`, `team` (several processes), `imitation` (an actor to begin with) and `captured` (rollouts compiled or in a
+CUDA graph) are options.
 """
 
 from agents.ppo.args import Args, TrainResult
 from agents.ppo.heads import Choice, Choices, Weights, action_mask, head_of
+from agents.ppo.imitation import imitate
 from agents.ppo.judges import JudgesEnv, with_judges
 from agents.ppo.learning import Batch, Sequences, advantages_of, losses_of, make_batch, update, values_of
 from agents.ppo.networks import ActorCritic, export_policy
@@ -43,6 +45,7 @@ __all__ = [
     "collect",
     "export_policy",
     "head_of",
+    "imitate",
     "join_team",
     "learn_ppo",
     "learn_ppo_gru",

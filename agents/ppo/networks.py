@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agents.ppo.args import Args
-from agents.ppo.heads import Choices, Head, Weights
+from agents.ppo.heads import Choice, Choices, Head, Weights
 from metarec_gym.policy import GruPolicy, MlpPolicy
 
 
@@ -185,3 +185,28 @@ def export_policy(
         return MlpPolicy(layers, strategies, **settings).to("cpu")
     weight_ih, weight_hh, bias_ih, bias_hh = (tensor.detach().clone() for tensor in net.memory.all_weights[0])
     return GruPolicy((weight_ih, weight_hh, bias_ih, bias_hh), layers, strategies, **settings).to("cpu")
+
+
+def take_actor(net: ActorCritic, policy: MlpPolicy) -> None:
+    """Gives a network the actor of a policy; the critic stays as it is.
+
+    Args:
+        net: A network of two parts, without memory.
+        policy: An exported actor of the same widths that normalises nothing.
+
+    Raises:
+        ValueError: When the policy is another kind of network.
+    """
+    own = [m for m in net.actor if isinstance(m, torch.nn.Linear)]
+    plain = type(policy) is MlpPolicy and bool((policy.obs_mean == 0).all() and (policy.obs_scale == 1).all())
+    shapes, wanted = [tuple(w.shape) for w, _ in policy.layers], [tuple(m.weight.shape) for m in own]
+    if net.recurrent or net.trunk is not None or not isinstance(net.head, Choice) or not plain or shapes != wanted:
+        raise ValueError(
+            f"the start policy is a {policy.kind} network with layers {shapes}; expected an mlp without normalisation whose "
+            f"layers are {wanted}, for a network that chooses one strategy, without memory and shared trunk: fit one with "
+            "agents.ppo.imitate"
+        )
+    with torch.no_grad():
+        for module, (weight, bias) in zip(own, policy.layers, strict=True):
+            module.weight.copy_(weight)
+            module.bias.copy_(bias)

@@ -24,7 +24,7 @@ from agents.ppo import learning, rollout
 from agents.ppo.args import Args, Schedule, TrainResult
 from agents.ppo.captured import CapturedCollector, way_of
 from agents.ppo.heads import Weights, action_mask, head_of
-from agents.ppo.networks import ActorCritic, export_policy
+from agents.ppo.networks import ActorCritic, export_policy, take_actor
 from agents.ppo.normalise import Normaliser
 from agents.ppo.team import SOLO, Team
 from metarec_gym.policy import MlpPolicy
@@ -40,11 +40,14 @@ class Training:
         env: See `train`.
         args: Hyperparameters.
         team: Processes that learn together; each has its own `env`.
+        start: See `train`.
     """
 
     _COUNTERS = ("iteration", "steps", "seconds", "metrics", "reward_scale", "best_return")
 
-    def __init__(self, env: VectorEnv[Any, Any, Any], args: Args, team: Team = SOLO) -> None:
+    def __init__(
+        self, env: VectorEnv[Any, Any, Any], args: Args, team: Team = SOLO, start: MlpPolicy | None = None
+    ) -> None:
         mode = rollout.autoreset_mode(env)
         obs_space, action_space = env.single_observation_space, env.single_action_space
         if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
@@ -60,6 +63,8 @@ class Training:
         head = head_of(action_space, args.log_std_init)
         weights_rng = torch_generator(args.seed, "ppo", "network")
         self.net = ActorCritic(obs.shape[1], head, args, weights_rng).to(device)
+        if start is not None:
+            take_actor(self.net, start)
         self.optimizer = adam(self.net.parameters(), args, device)
         self.normaliser = Normaliser(
             obs.shape[1], obs=args.normalize_obs, reward=args.normalize_reward, clip_obs=args.clip_obs,
@@ -101,6 +106,8 @@ class Training:
         settings = {name: value for name, value in dataclasses.asdict(args).items() if name != "rollout"}
         identity = {"args": settings, "num_envs": len(obs), "obs_dim": obs.shape[1], "env": setting,
                     "judges": getattr(env, "judges", None), "processes": team.size}  # fmt: skip
+        if start is not None:
+            settings["start"] = [float(part.double().sum()) for layer in start.layers for part in layer]
         # through JSON, so that it compares with what a checkpoint gives back
         self.identity: dict[str, Any] = json.loads(json.dumps(identity | self.meta))
 
@@ -276,6 +283,7 @@ def train(
     progress: bool = True,
     resume: bool = False,
     team: Team = SOLO,
+    start: MlpPolicy | None = None,
 ) -> TrainResult:
     """Trains on `env` and returns the policy.
 
@@ -290,11 +298,12 @@ def train(
         resume: Goes on from the checkpoint in `run_dir` where there is one.
         team: Processes that learn together. The first one writes; the others leave only their checkpoints,
             `checkpoint_<rank>.safetensors`.
+        start: The actor to begin with, of the same widths; see `imitate`. None draws one.
 
     Returns:
         The policy with its numbers.
     """
-    training, history = Training(env, args, team), []
+    training, history = Training(env, args, team, start), []
     folder = Path(run_dir) if run_dir is not None else None
     mine = f"_{team.rank}" if team.rank else ""
     checkpoint = folder / f"checkpoint{mine}.safetensors" if folder is not None and hasattr(env, "get_state") else None
