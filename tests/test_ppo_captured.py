@@ -1,14 +1,17 @@
-"""PPO that plays without the host learns what PPO that steps learns, and stepping learns what it did before there was one."""
+"""PPO that plays and learns without the host learns what PPO that steps learns, and stepping what it did before there was one."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agents import ppo
 from agents.ppo.captured import CapturedCollector, way_of
+from agents.ppo.captured_update import CapturedUpdate, updates_captured
 from agents.ppo.training import adam, set_learning_rate
 from metarec_gym.envs.vector_env import MetaRecVectorEnv
 from metarec_gym.world import World
@@ -28,6 +31,13 @@ def training(world: World, *, captured: str | None = None, env: dict[str, Any] |
     run = ppo.Training(vector, ppo.Args(total_steps=5 * 48 * 12, num_steps=12, minibatch_size=144, **settings))
     if captured is not None:
         run.captured = CapturedCollector(vector, run.net, 12, captured, backend="eager")  # type: ignore[arg-type]
+    return run
+
+
+def learning_captured(world: World, **settings: Any) -> Any:
+    """The same run, whose advantages and steps are the captured functions, called one by one."""
+    run = training(world, captured="eager", **settings)
+    run.learner = CapturedUpdate(run.net, run.optimizer, run.args, "eager")
     return run
 
 
@@ -82,6 +92,79 @@ def test_training_by_a_compiled_step_learns_the_same(leaving_world):
         eager.iterate()
         compiled.iterate()
     assert torch.equal(weights_of(compiled), weights_of(eager))
+
+
+LEARNING: dict[str, dict[str, Any]] = {
+    "select": {},
+    "masked": {"env": {"outage_rate": 0.2}, "truncation": "terminal"},
+    "slots": {"env": {"action": "slots"}, "truncation": "current", "shuffle": "once"},
+    "blend": {"env": {"action": "blend"}, "advantage_scope": "batch"},
+    "schedules": {"clip_schedule": "linear", "ent_schedule": "linear", "clip_range_vf": 0.2, "clip_vloss": "max"},
+    "one trunk": {"shared_trunk": True, "normalize_advantage": False},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(LEARNING))
+def test_captured_learning_takes_the_same_steps_to_the_last_bit(leaving_world, kind):
+    by_steps = training(leaving_world, captured="eager", **LEARNING[kind])
+    captured = learning_captured(leaving_world, **LEARNING[kind])
+    for _ in range(3):
+        one, other = by_steps.iterate(), captured.iterate()
+        assert {k: v for k, v in one.items() if k != "time/fps"} == {k: v for k, v in other.items() if k != "time/fps"}
+    assert torch.equal(weights_of(captured), weights_of(by_steps))
+
+
+def test_a_last_minibatch_that_is_smaller_is_learned_from_too(leaving_world):
+    # 576 requests: one minibatch of 400 and one of 176
+    runs = [make_run(leaving_world) for make_run in (lambda w: training(w, captured="eager"), learning_captured)]
+    for run in runs:
+        run.args = dataclasses.replace(run.args, minibatch_size=400)
+        if run.learner is not None:
+            run.learner.args = run.args
+        run.iterate()
+    assert torch.equal(weights_of(runs[0]), weights_of(runs[1]))
+
+
+class AsksTheHost(TorchDispatchMode):
+    """Refuses what makes the host wait for a device, or makes a shape hang on values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func.overloadpacket).removeprefix("aten.")
+        asks = name in (
+            "_local_scalar_dense",
+            "item",
+            "nonzero",
+            "masked_select",
+            "_unique2",
+            "bincount",
+            "is_nonzero",
+            "equal",
+        )
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if asks or by_mask:
+            raise AssertionError(f"{name} asks the host")
+        return func(*args, **(kwargs or {}))
+
+
+def test_captured_learning_asks_the_host_nothing(leaving_world):
+    run = learning_captured(leaving_world, env={"outage_rate": 0.2}, advantage_scope="batch")
+    run.iterate()
+    roll = run.captured.collect(run.live, run.generators["action"])
+    orders = torch.stack(list(run._orders(roll.reward.numel(), roll.reward.device)))
+    with AsksTheHost():
+        run.learner.learn(roll, run.args, 1.0, orders)
+        # the ordinary way looks at the mask
+        with pytest.raises(AssertionError, match="asks the host"):
+            ppo.make_batch(run.net, roll, run.args, 1.0)
+
+
+def test_what_needs_the_host_learns_by_steps():
+    solo, two = ppo.SOLO, ppo.Team(0, 2)
+    assert updates_captured("graph", ppo.Args(), solo)
+    assert not updates_captured("eager", ppo.Args(), solo)
+    assert not updates_captured("compile", ppo.Args(), solo)
+    assert not updates_captured("graph", ppo.Args(target_kl=0.01), solo)
+    assert not updates_captured("graph", ppo.Args(), two)
 
 
 def test_a_checkpoint_goes_on_in_another_way(leaving_world, tmp_path):
@@ -162,12 +245,40 @@ def test_on_cuda_auto_is_a_graph_and_learns_what_stepping_does(leaving_world):
 
     graph, stepping = trained("auto"), trained("eager")
     assert (graph.way, stepping.way) == ("graph", "eager")
+    assert (graph.learner is None, stepping.learner is None) == (False, True)
     assert isinstance(graph.optimizer.param_groups[0]["lr"], torch.Tensor)
     torch.testing.assert_close(weights_of(graph), weights_of(stepping), rtol=0, atol=1e-4)
 
 
 @pytest.mark.gpu
-def test_on_cuda_the_minibatch_loop_waits_for_nothing(leaving_world):
+@pytest.mark.parametrize("kind", sorted(LEARNING))
+def test_on_cuda_a_recorded_update_is_the_one_by_steps(leaving_world, kind):
+    settings = dict(LEARNING[kind])
+    settings["env"] = {**settings.get("env", {}), "device": "cuda"}
+    recorded, by_steps = training(leaving_world, **settings), training(leaving_world, **settings)
+    by_steps.learner = None
+    for _ in range(4):
+        recorded.iterate()
+        by_steps.iterate()
+    torch.testing.assert_close(weights_of(recorded), weights_of(by_steps), rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_on_cuda_a_checkpoint_goes_on_with_a_recorded_update(leaving_world, tmp_path):
+    one = training(leaving_world, env={"device": "cuda"})
+    for _ in range(2):
+        one.iterate()
+    one.save(tmp_path / "checkpoint.safetensors")
+    other = training(leaving_world, env={"device": "cuda"})
+    other.iterate()
+    other.load(tmp_path / "checkpoint.safetensors")
+    for run in (one, other):
+        run.iterate()
+    torch.testing.assert_close(weights_of(other), weights_of(one), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_on_cuda_learning_waits_for_nothing(leaving_world):
     run = training(leaving_world, env={"device": "cuda"})
     run.iterate()
     roll = run.captured.collect(run.live, run.generators["action"])
@@ -175,6 +286,7 @@ def test_on_cuda_the_minibatch_loop_waits_for_nothing(leaving_world):
     orders = list(run._orders(len(batch), roll.obs.device))
     torch.cuda.set_sync_debug_mode("error")
     try:
+        run.learner.learn(roll, run.args, 1.0, torch.stack(orders))
         ppo.update(run.net, run.optimizer, batch, run.args, orders)
     finally:
         torch.cuda.set_sync_debug_mode("default")

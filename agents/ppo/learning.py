@@ -89,6 +89,10 @@ class Batch:
         """The requests at `index`."""
         return self._each(lambda tensor: tensor.index_select(0, index))
 
+    def flattened(self) -> Batch:
+        """Time and environments in one dimension; (num_steps, num_envs, ...) -> (num_steps * num_envs, ...)."""
+        return self._each(lambda tensor: tensor.flatten(0, 1))
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         fields: dict[str, Any] = {n: None if x is None else change(x) for n, x in vars(self).items()}
         return Batch(**fields)
@@ -162,6 +166,26 @@ def make_batch(
     Returns:
         The batch, and the critic's memory after the last request.
     """
+    everybody = bool(roll.valid.all())
+    requests, memory = requests_of(net, roll, args, reward_scale, team, everybody=everybody)
+    if bool(roll.mask.all()):
+        requests.mask = None
+    if net.recurrent:
+        cuts = tuple(cut for cut in roll.cuts() if cut < len(roll.action))
+        return Sequences(
+            roll.obs[:-1], roll.start[:-1], roll.valid, roll.memory, roll.critic_memory, cuts, requests
+        ), memory  # fmt: skip
+    flat = requests.flattened()
+    return (flat if everybody else flat.rows(roll.valid.flatten().nonzero()[:, 0])), memory
+
+
+def requests_of(
+    net: ActorCritic, roll: Rollout, args: Args, reward_scale: float, team: Team = SOLO, *, everybody: bool
+) -> tuple[Batch, Tensor]:
+    """Advantages and value targets of all rows of a rollout, (num_steps, num_envs, ...), and the critic's last memory.
+
+    With `everybody`, which says that every row was served, nothing here looks at values on the host.
+    """
     value, next_value, memory = values_of(net, roll)
     terminated = roll.terminated
     if args.truncation == "current":
@@ -170,19 +194,16 @@ def make_batch(
         terminated = roll.done
     reward = roll.learn_reward / reward_scale
     advantage = advantages_of(reward, value, next_value, terminated, roll.done, args.gamma, args.gae_lambda)
-    returns, everybody = advantage + value, bool(roll.valid.all())
+    returns = advantage + value
     if args.normalize_advantage and args.advantage_scope == "batch":
-        served = roll.valid
-        advantage = torch.zeros_like(advantage).masked_scatter_(served, team.normalised(advantage[served]))
-    mask = None if bool(roll.mask.all()) else roll.mask
-    requests = Batch(roll.obs[:-1], mask, roll.action, roll.log_prob, value, advantage, returns)
-    if net.recurrent:
-        cuts = tuple(cut for cut in roll.cuts() if cut < len(roll.action))
-        return Sequences(
-            roll.obs[:-1], roll.start[:-1], roll.valid, roll.memory, roll.critic_memory, cuts, requests
-        ), memory  # fmt: skip
-    flat = requests._each(lambda tensor: tensor.flatten(0, 1))
-    return (flat if everybody else flat.rows(roll.valid.flatten().nonzero()[:, 0])), memory
+        served = advantage.flatten() if everybody else advantage[roll.valid]
+        normalised = team.normalised(served)
+        advantage = (
+            normalised.view_as(advantage)
+            if everybody
+            else torch.zeros_like(advantage).masked_scatter_(roll.valid, normalised)
+        )
+    return Batch(roll.obs[:-1], roll.mask, roll.action, roll.log_prob, value, advantage, returns), memory
 
 
 # ---- update
@@ -256,19 +277,39 @@ def update(
             if args.target_kl is not None and args.kl_stop == "minibatch" and _too_far(numbers, args, team):
                 stop = True
                 break
-            optimizer.zero_grad()
-            loss.backward()
-            team.average_gradients(parameters)
-            torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
+            descend(loss, parameters, optimizer, args, team)
         if stop or (args.target_kl is not None and args.kl_stop == "epoch" and _too_far(steps[-1], args, team)):
             break
-    every = torch.stack(steps)
-    policy_mean, value_mean, entropy_mean, clip_mean, _ = every.mean(dim=0).unbind()
     told = batch.requests if isinstance(batch, Sequences) else batch
     value, returns = told.value, told.returns
     if isinstance(batch, Sequences):
         value, returns = value[batch.valid], returns[batch.valid]
+    return told_of(steps, epoch_starts, loss, value, returns)
+
+
+def descend(
+    loss: Tensor, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, args: Args, team: Team = SOLO
+) -> None:
+    """One gradient step."""
+    optimizer.zero_grad()
+    loss.backward()
+    team.average_gradients(parameters)
+    torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+    optimizer.step()
+
+
+def told_of(steps: list[Tensor], epoch_starts: int, loss: Tensor, value: Tensor, returns: Tensor) -> dict[str, Tensor]:
+    """What an update logs.
+
+    Args:
+        steps: What `losses_of` says of each minibatch.
+        epoch_starts: The first minibatch of the last epoch.
+        loss: Of the last minibatch.
+        value: Of all requests, before the update.
+        returns: Their targets.
+    """
+    every = torch.stack(steps)
+    policy_mean, value_mean, entropy_mean, clip_mean, _ = every.mean(dim=0).unbind()
     return {
         "train/policy_gradient_loss": policy_mean,
         "train/value_loss": value_mean,

@@ -23,6 +23,7 @@ from torch import Tensor
 from agents.ppo import learning, rollout
 from agents.ppo.args import Args, Schedule, TrainResult
 from agents.ppo.captured import CapturedCollector, way_of
+from agents.ppo.captured_update import CapturedUpdate, updates_captured
 from agents.ppo.heads import Weights, action_mask, head_of
 from agents.ppo.networks import ActorCritic, export_policy, take_actor
 from agents.ppo.normalise import Normaliser
@@ -89,6 +90,9 @@ class Training:
         self.way = way_of(env, args)
         """How requests are played: eager, compile or graph."""
         self.captured = None if self.way == "eager" else CapturedCollector(env, self.net, args.num_steps, self.way)
+        self.learner = (
+            CapturedUpdate(self.net, self.optimizer, args, "graph") if updates_captured(self.way, args, team) else None
+        )
         self.recent: deque[tuple[float, float]] = deque(maxlen=args.stats_window)
         self.iteration, self.steps, self.seconds = 0, 0, 0.0
         self.metrics: dict[str, float] = {}
@@ -142,12 +146,20 @@ class Training:
         if self.reward_scale is None:
             # fixed from here on: a scale that moves would move the critic's targets under it
             self.reward_scale = learning.typical_return(roll, args.gamma, team)
-        batch, self.live.critic_memory = learning.make_batch(self.net, roll, now, self.reward_scale, team)
-        scalars = learning.update(self.net, self.optimizer, batch, now, self._orders(len(batch), roll.obs.device), team)
+        scalars = self._learn(roll, now, self.reward_scale)
         self._report(roll, scalars, now, learning_rate)
         self.seconds += time.perf_counter() - started
         self.metrics["time/fps"] = self.steps / self.seconds
         return self.metrics
+
+    def _learn(self, roll: rollout.Rollout, now: Args, reward_scale: float) -> dict[str, Tensor]:
+        """The gradient steps of one iteration; what they log, on the device."""
+        if self.learner is not None:
+            whole = torch.stack(list(self._orders(roll.reward.numel(), roll.reward.device)))
+            return self.learner.learn(roll, now, reward_scale, whole)
+        batch, self.live.critic_memory = learning.make_batch(self.net, roll, now, reward_scale, self.team)
+        orders = self._orders(len(batch), roll.obs.device)
+        return learning.update(self.net, self.optimizer, batch, now, orders, self.team)
 
     def _report(self, roll: rollout.Rollout, scalars: dict[str, Tensor], now: Args, learning_rate: float) -> None:
         """The iteration's numbers: gathered on the device, then one copy."""
@@ -244,6 +256,8 @@ class Training:
             index, _, key = name.partition(".")
             adam["state"].setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict(adam)
+        if self.learner is not None:
+            self.learner.forget()
         self.live = rollout.Live(**group("live."), numpy=self.live.numpy)
         self.normaliser.load(group("norm."))
         for name, generator in self.generators.items():
