@@ -108,7 +108,8 @@ class Args:
     critic starts within reach of its targets, whatever the unit of the reward."""
     rollout: Literal["auto", "eager", "compile", "graph"] = "auto"
     """How requests are played: `eager` steps the environment; `compile` (one compiled step) and `graph` (the whole rollout in a
-    CUDA graph) leave the host out. `auto` is `graph` on CUDA where the environment and these settings allow it, else `eager`."""
+    CUDA graph) leave the host out. With `graph` advantages and gradient steps are a graph too, unless `target_kl` or several
+    processes need the host. `auto` is `graph` on CUDA where the environment and these settings allow it, else `eager`."""
     stats_window: int = 256
     """Episodes that the logged mean return and length run over; the best policy is the one with the best full window."""
     checkpoint_every: int = 10
