@@ -6,6 +6,7 @@ batch, the halves of two batches, and one row alone must all give the same bits 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from typing import Any
 
@@ -78,6 +79,33 @@ def captured(world: World, device: str, *, rows: int, mode: str, steps: int = ST
     return found
 
 
+def in_bfloat16(world: World, device: str, *, rows: int = 4096) -> dict[str, float]:
+    """What it would do to the MDP to keep the judge's tables of items in bfloat16: half the memory, 8 bits of precision.
+
+    Returns:
+        Of one request of `rows` users: `largest` and `mean` difference of the expected reward as a share of its mean, and
+        `other`, the share of users who answer otherwise.
+    """
+    found = []
+    for rounded in (False, True):
+        env = MetaRecVectorEnv(rows, world=world, device=device, output="torch", autoreset_mode="SameStep")
+        if rounded:
+            # a copy: environments of one world share their judge
+            judge: Any = copy.copy(env._judge)
+            judge._table = judge._table.to(torch.bfloat16).to(torch.float32)
+            env._judge = judge
+        env.reset(seed=SEED)
+        reward = env.step(torch.arange(rows, device=env.device) % world.n_strategies)[1]
+        found.append((env.expected_reward.double(), torch.as_tensor(reward)))
+    (exact, answers), (near, others) = found
+    apart = (exact - near).abs() / exact.mean()
+    return {
+        "largest": float(apart.max()),
+        "mean": float(apart.mean()),
+        "other": float((answers != others).double().mean()),
+    }
+
+
 def digest(parts: list[list[Any]]) -> str:
     """Hash of a trajectory whose rows were played in parts, in their order; 16 hexadecimal digits."""
     whole = hashlib.sha256()
@@ -98,7 +126,8 @@ def hashes(world: World, device: str, *, rows: int = 16, steps: int = STEPS, pro
         processes: Also plays the halves in two processes.
 
     Returns:
-        `ways` (hash by way), `equal` (whether all that must agree do), on CUDA `cpu` and `reward_agreement`.
+        `ways` (hash by way), `equal` (whether all that must agree do), `bfloat16` (see `in_bfloat16`); on CUDA also `cpu`,
+        `reward_agreement`.
     """
     half, was = rows // 2, torch.get_num_threads()
 
@@ -114,7 +143,7 @@ def hashes(world: World, device: str, *, rows: int = 16, steps: int = STEPS, pro
         same = np.mean([np.mean(a[1] == b[1]) for a, b in zip(base[1:], on_cpu[1:], strict=True)])
         # matrix kernels of a GPU round by batch size, so only equal shapes must agree
         return {"ways": ways, "equal": len(set(ways.values())) == 1, "cpu": digest([on_cpu]),
-                "reward_agreement": float(same)}  # fmt: skip
+                "reward_agreement": float(same), "bfloat16": in_bfloat16(world, device)}  # fmt: skip
     ways[f"batch of {5 * rows}"] = digest([plain(batch=5 * rows)])
     ways["two batches"] = digest(
         [played(world, device, first=f, rows=half, batch=half, output="torch", steps=steps) for f in (0, half)]
@@ -130,7 +159,7 @@ def hashes(world: World, device: str, *, rows: int = 16, steps: int = STEPS, pro
         torch.set_num_threads(was)
     if processes:
         ways["2 processes"] = _in_processes(world, rows, steps)
-    return {"ways": ways, "equal": len(set(ways.values())) == 1}
+    return {"ways": ways, "equal": len(set(ways.values())) == 1, "bfloat16": in_bfloat16(world, device)}
 
 
 def _half(world: World, first: int, rows: int, steps: int, answers: Any) -> None:

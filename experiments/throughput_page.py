@@ -322,6 +322,13 @@ def _hashes(rows: Rows) -> str:
         )
     if "reward_agreement" in found:
         text += f" On CPU `{found['cpu']}`; {found['reward_agreement']:.2%} of the rewards are the same number."
+    if "bfloat16" in found:
+        near = found["bfloat16"]
+        text += (
+            "\n\nTables of items are float32. In bfloat16, half the memory, the expected reward of a request would be off by up "
+            f"to {near['largest']:.2%} of its mean ({near['mean']:.3%} on average), and {near['other']:.2%} of the users would "
+            "answer the first request otherwise: another MDP, which no parity test could tell from an error."
+        )
     return f"## The same MDP\n{text}"
 
 

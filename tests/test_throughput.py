@@ -9,7 +9,7 @@ import torch
 from experiments import throughput, throughput_measure, throughput_page
 from experiments.random_world import RandomWorld
 from experiments.throughput_captured import captured_block
-from experiments.throughput_hash import digest, hashes, played
+from experiments.throughput_hash import digest, hashes, in_bfloat16, played
 from experiments.throughput_measure import (
     Setting,
     Windows,
@@ -138,6 +138,16 @@ def test_the_hash_is_equal_in_every_way_of_playing(world):
 def test_two_processes_play_the_trajectory_of_one(world):
     found = hashes(world, "cpu", rows=4, steps=8)
     assert found["ways"]["2 processes"] == found["ways"]["tensors"]
+
+
+def test_rounded_tables_of_items_are_another_mdp(world):
+    found = in_bfloat16(world, "cpu", rows=512)
+    # 8 bits of precision: each factor is off by up to 1 in 512
+    assert 1e-5 < found["mean"] < found["largest"] < 0.05
+    assert 0 <= found["other"] < 0.05
+    assert hashes(world, "cpu", rows=4, steps=2, processes=False)["bfloat16"]["mean"] == pytest.approx(
+        in_bfloat16(world, "cpu")["mean"]
+    )
 
 
 def test_the_hash_notices_one_changed_reward(world):

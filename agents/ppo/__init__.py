@@ -9,8 +9,8 @@ wherever implementations differ.
     torchrun --nproc-per-node 2 -m agents.ppo --backend gloo --world worlds/movielens_100k
 
 Read `args`, `heads` (actions), `networks`, `rollout`, `learning` (advantages, losses, update) and `training` in this order;
-`normalise`, `judges`, `team` (several processes), `imitation` (an actor to begin with), `captured` (rollouts compiled or in a CUDA
-graph) and `captured_update` (learning in one) are options.
+`normalise`, `judges`, `team` (several processes), `imitation` (an actor to begin with), `captured` (rollouts compiled or in a
+CUDA graph) and `captured_update` (learning in one) are options.
 """
 
 from agents.ppo.args import Args, TrainResult
