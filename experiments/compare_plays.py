@@ -18,6 +18,7 @@ from experiments.run_folder import code_hash, content_hash
 from experiments.train import LEARNERS, SELECT_ID
 from experiments.train import Args as TrainArgs
 from experiments.train import run_folder as train_folder
+from experiments.train_entry import counted
 from metarec_gym.evaluation.headroom import FOLDS
 
 if TYPE_CHECKING:
@@ -78,31 +79,13 @@ def play_entry(
         **training_settings(settings.env),
     )
     started = time.perf_counter()
-    player = ROSTER[name].learn(_counted(lesson))
+    player = ROSTER[name].learn(counted(lesson))
     seconds = time.perf_counter() - started
     arrays = {**play_task(player=player, **kwargs), "seconds": np.array(seconds)}
     if again is not None:
         played = play_task(player=player, **{**kwargs, **again})
         arrays |= {f"{SECOND}.{field_name}": array for field_name, array in played.items()}
     return arrays
-
-
-def _counted(lesson: Lesson) -> Lesson:
-    """The same lesson; the bar of the running tasks moves with every request that is served."""
-    from metarec_gym.evaluation.tasks import advance
-
-    def make_env(num_envs: int, **settings: Any) -> Any:
-        env: Any = lesson.make_env(num_envs, **settings)
-        step = env.step
-
-        def counted(actions: Any) -> Any:
-            advance(num_envs)
-            return step(actions)
-
-        env.step = counted
-        return env
-
-    return replace(lesson, make_env=make_env)
 
 
 def seeds_of(texts: Sequence[str]) -> dict[str, int]:

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from agents.ppo.judges import with_judges
+from agents.roster import ROSTER
 from experiments.env_settings import env_settings
 from experiments.run_folder import ENV_CODE, RunFolder, code_hash
+from experiments.train_entry import check_entry, learn_entry
 
 if TYPE_CHECKING:
     from metarec_gym.evaluation.tasks import Arrays
@@ -68,7 +70,7 @@ class Args:
     """Folder of the world; if absent that of a scenario (`--env MetaRec/MovieLens100K-Select-v0`), else the synthetic one."""
     agent: str = "ppo"
     """The learner: ppo, ppo_gru (with a memory of the episode), sb3_ppo, sb3_a2c, sb3_dqn, sb3_sac (Blend),
-    sb3_maskable_ppo, sb3_recurrent_ppo, sb3_qrdqn, sb3_trpo."""
+    sb3_maskable_ppo, sb3_recurrent_ppo, sb3_qrdqn, sb3_trpo; or an agent of the roster: tuned_ppo, bayes_schedule, ..."""
     env: tuple[str, ...] = (SELECT_ID,)
     """Registered id of the environment, then further settings of it, KEY=VALUE each (JSON values), in any order."""
     session_requests: int | None = None
@@ -132,7 +134,7 @@ def learner_args(args: Args) -> Any:
         ValueError: When there is no such learner, or `--set` names no hyperparameter of it.
     """
     if args.agent not in LEARNERS:
-        raise ValueError(f"--agent is {args.agent!r}, expected one of {sorted(LEARNERS)}")
+        raise ValueError(f"--agent is {args.agent!r}, expected one of {sorted({*LEARNERS, *ROSTER})}")
     module = importlib.import_module(LEARNERS[args.agent].module)
     default = module.defaults_for(env_of(args)[0]) if hasattr(module, "defaults_for") else module.Args()
     default = dataclasses.replace(default, **LEARNERS[args.agent].settings)
@@ -179,9 +181,15 @@ def world_of(args: Args) -> World:
 
 def run_folder(args: Args) -> RunFolder:
     """The folder of this training run, finished or not."""
-    hyper = learner_args(args)
-    learner = LEARNERS[args.agent]
     env_id, settings = env_of(args)
+    hyper: Any = {"requests": args.steps, "seed": args.seed}
+    num_envs: int | None = None
+    code: tuple[str, ...] = ("agents",)
+    if args.agent in ROSTER:
+        check_entry(args)
+    else:
+        hyper, learner = learner_args(args), LEARNERS[args.agent]
+        num_envs, code = args.num_envs or learner.num_envs, learner_code(learner)
     facts = {
         "kind": "train",
         "agent": args.agent,
@@ -189,13 +197,13 @@ def run_folder(args: Args) -> RunFolder:
         "env_settings": settings,
         "world": world_of(args).hash,
         "fold": args.fold,
-        "num_envs": args.num_envs or learner.num_envs,
+        "num_envs": num_envs,
         "horizon": args.horizon,
         "slate_size": args.slate_size,
         "cost_weight": args.cost_weight,
         "device": args.device.split(":")[0],
         "learner": hyper,
-        "code": code_hash((*ENV_CODE, *learner_code(learner))),
+        "code": code_hash((*ENV_CODE, *code)),
     }
     return RunFolder(args.runs, f"{args.agent}_{args.fold}_seed{args.seed}", facts)
 
@@ -210,28 +218,54 @@ def run(args: Args, command: str | None = None) -> dict[str, Any]:
     Returns:
         The result row; the policy is `policy.safetensors` in its folder.
     """
-    import gymnasium
-
-    from metarec_gym.evaluation.tasks import advance
-
     folder = run_folder(args)
     done = folder.result()
     if done is not None:
         return done
     folder.begin(args, command)
-    learner = LEARNERS[args.agent]
-    world = world_of(args)
-    env_id, settings = env_of(args)
-    judges = settings.pop("judge", "main").split(",")
+    world, (env_id, settings) = world_of(args), env_of(args)
+    started, path = time.perf_counter(), folder.path / "policy.safetensors"
+    learn = learn_entry if args.agent in ROSTER else _learn
+    learned = learn(args, world, settings, path)
+    return folder.finish(
+        {
+            "agent": args.agent,
+            "env": env_id,
+            "env_settings": settings,
+            "world": world.hash,
+            "response": "+".join(world.judge(args.fold, judge).hash for judge in _judges(settings)),
+            "fold": args.fold,
+            "seed": args.seed,
+            "device": args.device,
+            "wall_seconds": time.perf_counter() - started,
+            "policy": path.name,
+            **learned,
+        }
+    )
+
+
+def _judges(settings: dict[str, Any]) -> list[str]:
+    names: list[str] = settings.get("judge", "main").split(",")
+    return names
+
+
+def _learn(args: Args, world: World, settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Trains a learner in its run's folder and writes the policy; `steps`, `seconds` and `metrics` of the run."""
+    import gymnasium
+
+    from metarec_gym.evaluation.tasks import advance
+
+    learner, judges = LEARNERS[args.agent], _judges(settings)
     if len(judges) > 1 and learner.output != "torch":
         raise ValueError(
             f"--judge {args.judge}: {args.agent} learns from one judge at a time; several need ppo or ppo_gru"
         )
+    plain = {key: value for key, value in settings.items() if key != "judge"}
 
     def make(num_envs: int, judge: str) -> Any:
-        chosen = settings if judge == "main" else settings | {"judge": judge}
+        chosen = plain if judge == "main" else plain | {"judge": judge}
         return gymnasium.make_vec(
-            env_id,
+            env_of(args)[0],
             num_envs=num_envs,
             vectorization_mode="vector_entry_point",
             world=world,
@@ -253,28 +287,12 @@ def run(args: Args, command: str | None = None) -> dict[str, Any]:
         return step(actions)
 
     env.step = counted
-    started = time.perf_counter()
     module = importlib.import_module(learner.module)
-    result = module.train(env, learner_args(args), run_dir=folder.path, progress=not args.quiet, resume=args.resume)
+    result = module.train(env, learner_args(args), run_dir=path.parent, progress=not args.quiet, resume=args.resume)
     env.close()
-    policy = result.policy.save(folder.path / "policy.safetensors")
-    return folder.finish(
-        {
-            "agent": args.agent,
-            "env": env_id,
-            "env_settings": env_of(args)[1],
-            "world": world.hash,
-            "response": "+".join(world.judge(args.fold, judge).hash for judge in judges),
-            "fold": args.fold,
-            "seed": args.seed,
-            "device": args.device,
-            "steps": result.steps,
-            "seconds": result.seconds,
-            "wall_seconds": time.perf_counter() - started,
-            "policy": policy.name,
-            "metrics": {k: v for k, v in result.metrics.items() if np.isfinite(v)},
-        }
-    )
+    result.policy.save(path)
+    metrics = {k: v for k, v in result.metrics.items() if np.isfinite(v)}
+    return {"steps": result.steps, "seconds": result.seconds, "metrics": metrics}
 
 
 def train_task(args: Args, command: str) -> Arrays:
@@ -297,6 +315,8 @@ def main() -> None:
     row = run(args)
     print(f"{args.agent}  fold {args.fold}  seed {args.seed}  {row['steps']:,} steps in {row['seconds']:.0f} s")
     print(f"policy   {folder.path / 'policy.safetensors'}        curves   tensorboard --logdir {args.runs}")
+    if "loader" in row:
+        print(f"read it with {row['loader']}")
 
 
 if __name__ == "__main__":

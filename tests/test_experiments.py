@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from experiments import compare, train
 from experiments import headroom as headroom_command
 from experiments.env_settings import env_pairs, env_settings
+from metarec_gym.envs import MetaRecVectorEnv
 from metarec_gym.evaluation import tasks
 from metarec_gym.evaluation.headroom import EvalSettings
 from metarec_gym.evaluation.leaderboard import TRAINED
@@ -104,6 +107,45 @@ def test_hyperparameters_are_set_by_name_and_wrong_names_are_refused() -> None:
         train.learner_args(train.Args(set=("learning_rat=1",)))
     with pytest.raises(ValueError, match="name=value"):
         train.learner_args(train.Args(set=("epochs",)))
+
+
+@pytest.mark.parametrize(
+    ("agent", "loader"),
+    [
+        ("tuned_ppo", "metarec_gym.policy.load_policy"),
+        ("linucb", "agents.bandits.load_bandit"),
+        ("knn_router", "agents.supervised.load"),
+    ],
+)
+def test_an_agent_of_the_roster_is_trained_and_leaves_a_policy_that_loads(
+    world_folder: Path, tmp_path: Path, agent: str, loader: str
+) -> None:
+    args = train.Args(world=world_folder, agent=agent, steps=1024, horizon=4, runs=tmp_path, quiet=True)
+    row = train.run(args)
+    assert (row["agent"], row["steps"], row["loader"]) == (agent, 1024, loader)
+    module, _, name = loader.rpartition(".")
+    policy = getattr(importlib.import_module(module), name)(train.run_folder(args).path / row["policy"])
+    world = World.load(world_folder)
+    env = MetaRecVectorEnv(3, world=world, output="torch")
+    obs, _ = env.reset(seed=0)
+    policy.begin(3)
+    probs = policy.action_probs(obs, torch.ones(3, world.n_strategies, dtype=torch.bool))
+    assert torch.allclose(probs.sum(dim=1), torch.ones(3))
+    # found again, not learned again
+    assert train.run(args)["wall_seconds"] == row["wall_seconds"]
+
+
+def test_what_an_agent_of_the_roster_cannot_take_is_refused(world_folder: Path, tmp_path: Path) -> None:
+    plain = train.Args(world=world_folder, agent="linucb", runs=tmp_path, quiet=True)
+    for settings, named in (
+        ({"set": ("epochs=2",)}, "--set"),
+        ({"num_envs": 8}, "--num-envs"),
+        ({"judge": "second"}, "--judge"),
+    ):
+        with pytest.raises(ValueError, match=f"linucb learns from a lesson.*leave out {named}"):
+            train.run(dataclasses.replace(plain, **settings))
+    with pytest.raises(ValueError, match="round_robin leaves no file"):
+        train.run(dataclasses.replace(plain, agent="round_robin", steps=64, horizon=4))
 
 
 def test_the_headroom_command_prints_its_line_and_keeps_its_result(
@@ -324,7 +366,7 @@ def test_agents_are_chosen_by_kind_and_learn_again_for_every_cost_weight(world_f
     small = _compare_args(world_folder, tmp_path, ("ppo", "population_ucb"))
     args = dataclasses.replace(small, seeds=1, cost_weights=(5.0,))
     comparer = compare.Comparer(dataclasses.replace(args, agents=("learned",)))
-    assert comparer.agents == tuple(name for name in train.LEARNERS if name not in comparer.skipped)
+    assert comparer.agents == tuple(name for name in (*train.LEARNERS, "tuned_ppo") if name not in comparer.skipped)
     result = compare.run(args)
     offers = {o.label: o for o in result.frontiers[0].offers}
     plain, priced = offers["population_ucb"], offers["population_ucb (cost weight 5)"]
