@@ -11,7 +11,7 @@ Which test is which, in this file if no other is named:
 - P8 both autoreset modes: reset rows are not learned from; whole episodes teach the same (test_ppo_options).
 - P9 each planted error is caught; more of them in test_ppo_parity and test_ppo_memory.
 - L1 identity, L2 with and without masks, L3 CartPole, L4 a cue that only a memory keeps (test_ppo_memory), L6 the synthetic world
-  here and in test_known_optimum; L5 (LunarLander) needs Box2D and is not here.
+  here and in test_known_optimum; L5 LunarLander (test_ppo_lander, needs Box2D).
 """
 
 from __future__ import annotations
