@@ -14,7 +14,7 @@ ENV_TESTS := $(addprefix tests/test_,$(addsuffix .py,testing conformance vector_
 .PHONY: train pages install test test-slow test-gymnasium-1.2 integrations coverage check format wheel clean help
 
 help:
-	@echo "make train    MovieLens-100K: log, world, headroom, agents, comparison, report (about 19 minutes on 2 cores)"
+	@echo "make train    MovieLens-100K: log, world, headroom, agents, comparison, report (9 to 19 minutes on 2 cores)"
 	@echo "make test     the tests"
 	@echo "make pages    a page for every environment that has a name"
 	@echo "make test-gymnasium-1.2   the environments' tests with gymnasium 1.2.2"
