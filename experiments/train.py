@@ -186,7 +186,7 @@ def run_folder(args: Args) -> RunFolder:
     num_envs: int | None = None
     code: tuple[str, ...] = ("agents",)
     if args.agent in ROSTER:
-        check_entry(args)
+        check_entry(args, env_id)
     else:
         hyper, learner = learner_args(args), LEARNERS[args.agent]
         num_envs, code = args.num_envs or learner.num_envs, learner_code(learner)

@@ -14,12 +14,23 @@ if TYPE_CHECKING:
     from experiments.train import Args
 
 
-def check_entry(args: Args) -> None:
-    """Refuses what only the learners take.
+LEAVE_NO_FILE = ("fixed_hybrid", "round_robin")
+"""A blend and a fixed rule: nothing reads them from a file."""
+
+
+def check_entry(args: Args, env_id: str) -> None:
+    """Refuses what only the learners take, before anything is learned.
 
     Raises:
-        ValueError: For `--set`, several judges, a device, or an agent whose library is missing.
+        ValueError: For `--set`, another judge, a device, an id that is not of Select, an agent that leaves no file, or one whose
+            library is missing.
     """
+    if args.agent in LEAVE_NO_FILE:
+        raise ValueError(
+            f"{args.agent} leaves no file; play it with python -m experiments.compare --agents {args.agent}"
+        )
+    if "Select-v" not in env_id:
+        raise ValueError(f"{args.agent} chooses one strategy a request, --env is {env_id}; use an id of Select")
     refused = {
         "--set": args.set,
         "--num-envs": args.num_envs,
@@ -67,7 +78,7 @@ def learn_entry(args: Args, world: Any, settings: dict[str, Any], path: Path) ->
         Numbers of the run: `steps` (the budget), `seconds`, `metrics`, and `loader`, the function that reads the file.
 
     Raises:
-        ValueError: When the agent has nothing to write: a fixed rule, or a blend.
+        ValueError: When the budget is too small for the agent.
     """
     more = {"cost_weight": args.cost_weight, **training_settings(settings)}
     if args.slate_size is not None:
@@ -77,17 +88,15 @@ def learn_entry(args: Args, world: Any, settings: dict[str, Any], path: Path) ->
     started = time.perf_counter()
     policy: Any = ROSTER[args.agent].learn(counted(lesson))
     seconds = time.perf_counter() - started
-    return {"steps": args.steps, "seconds": seconds, "metrics": {}, "loader": _save(args.agent, policy, path)}
+    return {"steps": args.steps, "seconds": seconds, "metrics": {}, "loader": _save(policy, path)}
 
 
-def _save(name: str, policy: Any, path: Path) -> str:
+def _save(policy: Any, path: Path) -> str:
     from agents import supervised
     from metarec_gym.policy import MlpPolicy
 
     if hasattr(policy, "save"):
         policy.save(path)
         return "metarec_gym.policy.load_policy" if isinstance(policy, MlpPolicy) else "agents.bandits.load_bandit"
-    if not isinstance(policy, supervised.ForestPolicy | supervised.Router | supervised.SupervisedBandit):
-        raise ValueError(f"{name} leaves no file; play it with python -m experiments.compare --agents {name}")
     supervised.save(policy, path)
     return "agents.supervised.load"

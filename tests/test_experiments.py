@@ -144,6 +144,8 @@ def test_what_an_agent_of_the_roster_cannot_take_is_refused(world_folder: Path, 
     ):
         with pytest.raises(ValueError, match=f"linucb learns from a lesson.*leave out {named}"):
             train.run(dataclasses.replace(plain, **settings))
+    with pytest.raises(ValueError, match="linucb chooses one strategy a request, --env is MetaRec/Blend-v0"):
+        train.run(dataclasses.replace(plain, env=("MetaRec/Blend-v0",)))
     with pytest.raises(ValueError, match="round_robin leaves no file"):
         train.run(dataclasses.replace(plain, agent="round_robin", steps=64, horizon=4))
 
