@@ -64,6 +64,8 @@ class Args:
     """Folder of all runs."""
     workers: int = 2
     """Processes that fit judges side by side, one core each."""
+    device: str = "cpu"
+    """Where strategies and judges are fitted and lists ranked: cpu, cuda, or auto, which takes a GPU where there is one."""
     quiet: bool = False
     """No progress bars."""
 
@@ -78,9 +80,11 @@ def run(args: Args) -> dict[str, Any]:
         The result row.
     """
     from metarec_gym.data import InteractionLog
+    from metarec_gym.devices import device_of
     from metarec_gym.recommenders import make_strategy
     from metarec_gym.world import World
 
+    device = device_of(args.device)
     pool = [make_strategy(word) for word in args.pool]
     if args.users is None:
         log = InteractionLog.load(args.log)
@@ -93,7 +97,9 @@ def run(args: Args) -> dict[str, Any]:
     settings |= {"slate_size": args.slate_size, "horizon": args.horizon, "replicas": args.replicas}
     settings |= {"members": args.members, "variants": args.variants, "response": args.response}
     settings |= {"session_gap_s": args.session_gap, "strategies": [strategy.fingerprint() for strategy in pool]}
-    facts = {"kind": "world", "log": log.hash, "settings": settings, "code": code_hash(CODE)}
+    facts: dict[str, Any] = {"kind": "world", "log": log.hash, "settings": settings, "code": code_hash(CODE)}
+    if device != "cpu":
+        facts["device"] = device
     folder = RunFolder(args.runs, f"world_{log.name}", facts)
     done = folder.result()
     if done is not None and not args.force and (args.out / "world.json").is_file():
@@ -119,6 +125,7 @@ def run(args: Args) -> dict[str, Any]:
         variants=args.variants,
         response=args.response,
         session_gap_s=args.session_gap,
+        device=device,
     )
     row = folder.finish(
         {
@@ -127,7 +134,7 @@ def run(args: Args) -> dict[str, Any]:
             "folder": str(args.out),
             "responses": {fold: response.hash for fold, response in world.responses.items()},
             "seed": args.seed,
-            "device": "cpu",
+            "device": device,
             "seconds": time.perf_counter() - started,
             "horizon": world.horizon,
             "strategies": world.strategies,

@@ -393,6 +393,7 @@ class World:
         response: Literal["model", "logged"] = "model",
         session_gap_s: float | None = None,
         workers: int = 1,
+        device: str = "cpu",
     ) -> World:
         """Turns a log into a world: fold S fits the strategies, folds A and B fit one judge each.
 
@@ -415,6 +416,8 @@ class World:
             session_gap_s: Longest pause inside a session in seconds, for logs without session ids; None fits it from the times
                 between events.
             workers: Processes that fit judges side by side; more than 1 needs a script that guards its main part.
+            device: Where strategies that learn with torch and the judges are fitted and the lists ranked; the world itself is on
+                the CPU. A world built on another device is another world: kernels round otherwise.
 
         Returns:
             The world, saved to `out` when that is given.
@@ -441,6 +444,7 @@ class World:
             response=response,
             session_gap_s=session_gap_s,
             workers=workers,
+            device=device,
         ).build()
 
     @classmethod

@@ -58,6 +58,7 @@ class Builder:
     response: str
     session_gap_s: float | None
     workers: int
+    device: str
     _gap: SessionGap | None = None
 
     def build(self) -> World:
@@ -77,9 +78,12 @@ class Builder:
         pool = self._pool(dataset, users_s)
         responses, judge_metrics = self._judges(dataset, {"A": (users_a, users_b), "B": (users_b, users_a)})
         self._say("start states and their ranked lists")
+        pool.to(self.device)
         tensors, gate_rate = self._tables(dataset, pool, responses, users_s, torch.cat([users_a, users_b]), length)
         engaged = dataset.engaged_counts().to(torch.float64)
         costs = pool.costs()
+        # the check's size does not grow with the log: it stays on the CPU
+        pool.to("cpu")
         metrics: dict[str, Any] = {
             "judges": judge_metrics,
             "engaged_p90": float(torch.quantile(engaged, 0.9)),
@@ -180,7 +184,7 @@ class Builder:
         asked = (
             *(self.log.hash, _code_hash(), torch.__version__, repr(self.response_config)),
             *(strategy.fingerprint() for strategy in self._strategies),
-            *(str(self.members), self.response, repr(self.session_gap_s)),
+            *(str(self.members), self.response, repr(self.session_gap_s), self.device),
         )
         key = stream(self.seed, *asked)
         folder = Path(f"{self.out}.partial") / f"{key:016x}"
@@ -202,7 +206,9 @@ class Builder:
             self._say("strategies: found")
             return Pool.load(done, given=self._strategies)
         self._say(f"fitting {len(self._strategies)} strategies on {len(users)} users of fold S")
-        pool = Pool.fit(dataset, users, seed=self.seed, names=self._strategies, progress=self.progress)
+        pool = Pool.fit(
+            dataset, users, seed=self.seed, names=self._strategies, progress=self.progress, device=self.device
+        )
         if done is not None:
             writing = done.with_name("pool.writing")
             shutil.rmtree(writing, ignore_errors=True)
@@ -254,6 +260,7 @@ class Builder:
                         members=self.members if name == "main" else 1,
                         base=(main, metrics[fold]) if later and isinstance(main, FrozenResponse) else None,
                         stage=None if self._stages is None else self._stages / f"judge_{key.replace('/', '_')}",
+                        device=self.device,
                     )
                 for key, (judge, found) in fit_judges(work, self.workers, self._say, self.progress).items():
                     responses[key], metrics[key] = judge, found
@@ -292,8 +299,9 @@ class Builder:
             histories = dataset.histories(starts_user[rows], lengths[rows])
             seen = histories.clamp(min=0)
             valid = (histories >= 0).to(torch.float32)
-            exclude = None if observed is None else ~observed[starts_user[rows]]
-            found, scores = pool.ranked(histories, length, exclude=exclude)
+            exclude = None if observed is None else (~observed[starts_user[rows]]).to(self.device)
+            # ranking is the work; what follows is small
+            found, scores = (x.cpu() for x in pool.ranked(histories.to(self.device), length, exclude=exclude))
             lists = found.to(torch.int32)
             states = torch.zeros(len(lists), responses["A"].state_dim)
             other_states = torch.zeros(len(lists), 0 if second["A"] is None else second["A"].state_dim)

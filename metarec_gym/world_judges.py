@@ -42,6 +42,8 @@ class JudgeJob:
     """The main judge and its metrics, if this is a variant of it."""
     stage: Path | None
     """Where it is kept (.safetensors, .json) while the build lasts."""
+    device: str = "cpu"
+    """Where it is fitted."""
 
 
 def fit_judges(
@@ -99,6 +101,7 @@ def fit_judge(job: JudgeJob, progress: bool) -> Fitted:
         "heldout_users": job.others,
         "members": job.members,
         "progress": progress,
+        "device": job.device,
     }
     try:
         if job.base is None:

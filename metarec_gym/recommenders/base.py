@@ -62,9 +62,11 @@ class FitRows:
     """float64 (n_rows,), unix seconds."""
     n_users: int
     n_items: int
+    device: torch.device | str = "cpu"
+    """Where a fit may compute; the rows themselves are on the CPU, where libraries want them."""
 
     @classmethod
-    def of(cls, dataset: Dataset, users: Tensor) -> FitRows:
+    def of(cls, dataset: Dataset, users: Tensor, device: torch.device | str = "cpu") -> FitRows:
         """The rows of `users` (int64) whose gate outcome is positive.
 
         Raises:
@@ -78,7 +80,8 @@ class FitRows:
                 "strategies need at least one: give more users or check the outcome columns of the log"
             )
         distinct, user = torch.unique(dataset.user[rows], return_inverse=True)
-        return cls(user, dataset.item[rows], dataset.time[rows], int(distinct.numel()), dataset.n_items)
+        n_users = int(distinct.numel())
+        return cls(user, dataset.item[rows], dataset.time[rows], n_users, dataset.n_items, device)
 
     def counts(self) -> Tensor:
         """Engaged events per item, int64 (n_items,)."""
@@ -172,18 +175,19 @@ class Strategy(torch.nn.Module, ABC):
         """Items in the catalogue; 0 before `fit`."""
         return int(self.popularity.numel())
 
-    def fit(self, dataset: Dataset, users: Tensor, *, seed: int) -> Self:
+    def fit(self, dataset: Dataset, users: Tensor, *, seed: int, device: torch.device | str = "cpu") -> Self:
         """Learns from the engaged events of `users` alone and freezes what was learned into buffers.
 
         Args:
             dataset: The encoded log.
             users: int64 (n,), the users of fold S.
-            seed: All randomness of the fit comes from it.
+            seed: All randomness of the fit comes from it; draws are made on the CPU, so they are the same on every device.
+            device: Where strategies that learn with torch compute; those of a library compute where the library does.
 
         Returns:
             self, on the CPU.
         """
-        rows = FitRows.of(dataset, users)
+        rows = FitRows.of(dataset, users, device)
         counts = rows.counts().to(torch.float32)
         self.to("cpu")
         self.popularity = counts / counts.max()
@@ -277,7 +281,10 @@ class Strategy(torch.nn.Module, ABC):
 
     @abstractmethod
     def _fit(self, rows: FitRows, dataset: Dataset, seed: int) -> None:
-        """Fills the buffers from `rows`; of `dataset` only item tables may be used, never its events."""
+        """Fills the buffers from `rows`, with tensors of the CPU; `rows.device` is where it may compute.
+
+        Of `dataset` only item tables may be used, never its events.
+        """
 
     @abstractmethod
     def _score(self, histories: Tensor) -> Tensor:

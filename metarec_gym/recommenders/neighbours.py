@@ -184,7 +184,7 @@ class Ease(Strategy):
                 "leave 'ease' out of the pool or keep fewer items"
             )
         matrix = rows.matrix()
-        gram = torch.from_numpy((matrix.T @ matrix).toarray()).to(torch.float64)
+        gram = torch.from_numpy((matrix.T @ matrix).toarray()).to(rows.device, torch.float64)
         gram.diagonal().add_(self.l2)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         # B_ij = -P_ij / P_jj, B_jj = 0
@@ -195,7 +195,7 @@ class Ease(Strategy):
     def freeze(self, weight: Tensor) -> None:
         """Takes fitted weights (n_items, n_items): row i is what item i adds to the scores."""
         # row by row: the inverse comes column by column, and adding up its rows would be 25 times slower
-        self.weight = weight.to(torch.float32).contiguous()
+        self.weight = weight.to(torch.float32).contiguous().cpu()
 
     def _score(self, histories: Tensor) -> Tensor:
         # x B with x in {0, 1}: the weights of the history's items added up, each item once

@@ -53,6 +53,7 @@ class Pool:
         seed: int,
         names: Sequence[str | Strategy] = DEFAULT_POOL,
         progress: bool = False,
+        device: torch.device | str = "cpu",
     ) -> Pool:
         """Fits every strategy on the events of `users` and of nobody else.
 
@@ -63,6 +64,7 @@ class Pool:
             names: Names of `STRATEGIES`, other words that `make_strategy` reads, or strategies of your own (other settings,
                 `Precomputed`, your own class).
             progress: Show a bar.
+            device: Where strategies that learn with torch compute.
 
         Returns:
             The pool, on the CPU.
@@ -74,7 +76,7 @@ class Pool:
         with tqdm(total=len(strategies), desc="strategies", unit="strategy", disable=not progress) as bar:
             for strategy in strategies:
                 bar.set_postfix_str(strategy.name)
-                strategy.fit(dataset, users, seed=seed)
+                strategy.fit(dataset, users, seed=seed, device=device)
                 bar.update()
         return cls(strategies)
 

@@ -124,15 +124,14 @@ class SasRec(Strategy):
         if generator is None or self.dropout == 0.0:
             return hidden
         keep = torch.rand(hidden.shape, generator=generator) >= self.dropout
-        return hidden * keep / (1.0 - self.dropout)
+        return hidden * keep.to(hidden.device) / (1.0 - self.dropout)
 
     def _fit(self, rows: FitRows, dataset: Dataset, seed: int) -> None:
         generator = seeding.torch_generator(seed, "train")
         weights = self._initial(rows.n_items, seeding.torch_generator(seed, "weights"))
         # log popularity: the model starts from the best ranking that ignores the history
         weights["item_bias"] = torch.log((rows.counts() + 0.5) / rows.item.numel())
-        for weight in weights.values():
-            weight.requires_grad_()
+        weights = {key: weight.to(rows.device).requires_grad_() for key, weight in weights.items()}
         decayed = [weight for weight in weights.values() if weight.ndim == 2]
         others = [weight for weight in weights.values() if weight.ndim != 2]
         optimizer = torch.optim.AdamW(
@@ -140,7 +139,8 @@ class SasRec(Strategy):
             lr=self.learning_rate,
             betas=(0.9, 0.98),
         )
-        for step, batch in enumerate(self._batches(rows, generator)):
+        for step, drawn in enumerate(self._batches(rows, generator)):
+            batch = drawn.to(rows.device)
             done = step / self.steps
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * min(1.0, 10 * done + 1e-2, (1.0 - done) / 0.9)
@@ -152,7 +152,7 @@ class SasRec(Strategy):
             loss.backward()
             optimizer.step()
         for key, weight in weights.items():
-            setattr(self, key, weight.detach())
+            setattr(self, key, weight.detach().cpu())
 
     def _batches(self, rows: FitRows, generator: torch.Generator) -> Iterator[Tensor]:
         """`steps` batches of windows, each epoch cut and shuffled anew; none where no user has two events."""

@@ -13,13 +13,21 @@ nothing and runs to its end. The fixed point is that of Laplace EM.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 _CHUNK_ROWS = 8192
 _INNER_EM = 60
+
+
+class _Exact(TypedDict):
+    """How the effects' own tensors are made."""
+
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,11 @@ class ChoiceData:
     target: Tensor
     """float32 (n_events, n_alternatives): share of each alternative, rows sum to 1."""
     n_users: int
+
+    def to(self, device: torch.device | str) -> ChoiceData:
+        """The same events on `device`."""
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
     @classmethod
     def answers(cls, user: Tensor, phi: Tensor, offset: Tensor, answer: Tensor, n_users: int) -> ChoiceData:
@@ -65,6 +78,11 @@ class Effects:
     rounds: int
     """Rounds until the covariance stood still, or the most allowed."""
 
+    def to(self, device: torch.device | str) -> Effects:
+        """The same effects on `device`."""
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
+
     def prior(self, covariates: Tensor) -> Tensor:
         """Prior means of other users; (n, n_covariates) -> (n, n_features)."""
         return covariates.to(torch.float64) @ self.weight.T
@@ -79,7 +97,7 @@ def fit_effects(
     tolerance: float = 0.01,
     start_sd: float = 0.5,
 ) -> Effects:
-    """Fits W and Sigma and every user's posterior.
+    """Fits W and Sigma and every user's posterior, on the device of the events.
 
     Args:
         data: The events.
@@ -92,24 +110,25 @@ def fit_effects(
     Returns:
         The effects; features that are not free have zeros everywhere.
     """
-    n_features = data.phi.shape[2]
-    free = torch.ones(n_features, dtype=torch.bool) if free is None else free
+    n_features, device = data.phi.shape[2], data.phi.device
+    exact: _Exact = {"dtype": torch.float64, "device": device}
+    free = torch.ones(n_features, dtype=torch.bool, device=device) if free is None else free.to(device)
     # a feature that never varies between alternatives says nothing: EM would leave its prior where it started
     spread = data.phi - data.phi.mean(dim=1, keepdim=True)
     free = free & (spread.abs().amax(dim=(0, 1)) > 1e-9)
     kept = torch.nonzero(free).flatten()
-    x = covariates.to(torch.float64)
+    x = covariates.to(device, torch.float64)
     n, f = data.n_users, len(kept)
     if f == 0 or len(data.user) == 0:
-        zero = torch.zeros(n_features, n_features, dtype=torch.float64)
-        loss = _evaluate(data, torch.zeros(n, 0, dtype=torch.float64), kept[:0], curvature=False)[0]
-        mean = torch.zeros(n, n_features, dtype=torch.float64)
-        weight = torch.zeros(n_features, x.shape[1], dtype=torch.float64)
+        zero = torch.zeros(n_features, n_features, **exact)
+        loss = _evaluate(data, torch.zeros(n, 0, **exact), kept[:0], curvature=False)[0]
+        mean = torch.zeros(n, n_features, **exact)
+        weight = torch.zeros(n_features, x.shape[1], **exact)
         return Effects(weight, zero, mean, zero.expand(n, -1, -1).clone(), float(loss.sum()), 0)
     # solved once: W is an ordinary least squares fit of the users' means
     gram = torch.linalg.pinv(x.T @ x) @ x.T
-    weight = torch.zeros(f, x.shape[1], dtype=torch.float64)
-    covariance = torch.eye(f, dtype=torch.float64) * start_sd**2
+    weight = torch.zeros(f, x.shape[1], **exact)
+    covariance = torch.eye(f, **exact) * start_sd**2
     mode = x @ weight.T
     posterior = covariance.expand(n, f, f)
     finished = 0
@@ -143,8 +162,8 @@ def fit_effects(
 
     def embed(part: Tensor, *axes: int) -> Tensor:
         shape = [n_features if axis in axes else size for axis, size in enumerate(part.shape)]
-        whole = torch.zeros(shape, dtype=torch.float64)
-        index = [kept if axis in axes else torch.arange(size) for axis, size in enumerate(part.shape)]
+        whole = torch.zeros(shape, **exact)
+        index = [kept if axis in axes else torch.arange(size, device=device) for axis, size in enumerate(part.shape)]
         whole[torch.meshgrid(*index, indexing="ij")] = part
         return whole
 
@@ -160,9 +179,7 @@ def _evaluate(data: ChoiceData, z: Tensor, kept: Tensor, *, curvature: bool = Tr
         (n_users,), (n_users, f), (n_users, f, f).
     """
     n, f = z.shape
-    log_lik = torch.zeros(n, dtype=torch.float64)
-    gradient = torch.zeros(n, f, dtype=torch.float64)
-    hessian = torch.zeros(n, f * f, dtype=torch.float64)
+    log_lik, gradient, hessian = (z.new_zeros(shape) for shape in ((n,), (n, f), (n, f * f)))
     z32 = z.to(torch.float32)
     every = len(kept) == data.phi.shape[2]
     for lo in range(0, len(data.user), _CHUNK_ROWS):
@@ -197,7 +214,7 @@ def _modes(
     z = start.clone()
     log_lik, gradient, curvature = _evaluate(data, z, kept)
     value = objective(log_lik, z)
-    size = torch.ones(len(z), dtype=torch.float64)
+    size = torch.ones_like(value)
     for _ in range(12):
         slope = gradient - (z - prior_mean) @ precision
         step = torch.linalg.solve(curvature + precision, slope)
@@ -217,7 +234,7 @@ def _modes(
 
 
 def _regular(covariance: Tensor) -> Tensor:
-    return covariance + torch.eye(len(covariance), dtype=covariance.dtype) * 1e-8
+    return covariance + torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device) * 1e-8
 
 
 def _gaussian_posterior(
@@ -226,7 +243,7 @@ def _gaussian_posterior(
     """Posterior under the likelihood exp(-1/2 z'Cz + b'z); well behaved when the covariance is nearly singular."""
     root = torch.linalg.cholesky(_regular(covariance))
     # C = L (I + L' H L)^-1 L'
-    inner = torch.eye(len(root), dtype=root.dtype) + root.T @ curvature @ root
+    inner = torch.eye(len(root), dtype=root.dtype, device=root.device) + root.T @ curvature @ root
     posterior = root @ torch.linalg.solve(inner, root.T.expand(len(curvature), -1, -1))
     pull = linear - (curvature @ prior_mean[..., None])[..., 0]
     mean = prior_mean + (posterior @ pull[..., None])[..., 0]
@@ -244,7 +261,7 @@ def _stretch(curvature: Tensor, pull: Tensor, mean: Tensor, second: Tensor) -> T
     system = torch.einsum("uac,ubd->abcd", curvature, second).reshape(f * f, f * f)
     right = (pull.T @ mean).reshape(f * f)
     # the change from the identity is solved for, by eigenvalues: directions without information keep their place
-    identity = torch.eye(f, dtype=system.dtype).reshape(f * f)
+    identity = torch.eye(f, dtype=system.dtype, device=system.device).reshape(f * f)
     values, vectors = torch.linalg.eigh(0.5 * (system + system.T))
     usable = values > 1e-6 * values.max()
     inverse = torch.where(usable, 1.0 / torch.where(usable, values, torch.ones_like(values)), torch.zeros_like(values))
@@ -258,7 +275,8 @@ def _laplace(log_lik: Tensor, mode: Tensor, curvature: Tensor, prior_mean: Tenso
     regular = _regular(covariance)
     residual = mode - prior_mean
     quadratic = (residual * torch.linalg.solve(regular, residual.T).T).sum(dim=1)
-    inflation = torch.linalg.slogdet(torch.eye(len(regular), dtype=torch.float64) + curvature @ regular)[1]
+    identity = torch.eye(len(regular), dtype=torch.float64, device=regular.device)
+    inflation = torch.linalg.slogdet(identity + curvature @ regular)[1]
     return float((log_lik - 0.5 * quadratic - 0.5 * inflation).sum())
 
 

@@ -156,6 +156,7 @@ def fit_response(
     heldout_users: Tensor | None = None,
     members: int = 2,
     progress: bool | Callable[[str, int, int], None] = False,
+    device: torch.device | str = "cpu",
 ) -> tuple[FrozenResponse, dict[str, Any]]:
     """Fits one judge.
 
@@ -168,16 +169,19 @@ def fit_response(
         heldout_users: Users of another fold, on whom the metrics are computed; they change nothing in the judge.
         members: Networks of the judge.
         progress: True shows a bar with time left; a function is called with (stage, done, total).
+        device: Where networks and random effects are fitted; item vectors, calibration and yardsticks are made on the CPU, where
+            their libraries are, and so are all draws.
 
     Returns:
-        The frozen judge, and JSON-able metrics: `outcomes` has one entry an outcome (`effects`, `calibration`, `heldout`).
+        The frozen judge, on the CPU, and JSON-able metrics: `outcomes` has one entry an outcome (`effects`, `calibration`,
+        `heldout`).
 
     Raises:
         ValueError: When the fold has too few users or events to fit a judge.
     """
     config = config or ResponseConfig()
     begun = time.perf_counter()
-    fit = _Fit.of(dataset, users, config, seed, members, progress)
+    fit = _Fit.of(dataset, users, config, seed, members, progress, device)
     rows, bar, names = fit.rows, fit.bar, dataset.outcomes
     choices, samples, epochs = fit.out_of_fold()
     covariates = _covariates(dataset, rows)
@@ -190,7 +194,8 @@ def fit_response(
         choice, sample, stack = choices[outcome], samples[outcome], None
         if fit.rare(outcome):
             choice, sample, stack = _stacked(sample, rows)
-        effects = fit_effects(choice, covariates[rows.users], free=free, rounds=config.effect_rounds)
+        choice = choice.to(device)
+        effects = fit_effects(choice, covariates[rows.users], free=free, rounds=config.effect_rounds).to("cpu")
         parts.append(_calibrated(sample, effects, covariates, rows, outcome == 0 and not fit.sampled, stack))
         bar.tick()
     space, networks = fit.whole(epochs)
@@ -224,6 +229,7 @@ def fit_variant(
     heldout_users: Tensor | None = None,
     members: int | None = None,
     progress: bool | Callable[[str, int, int], None] = False,
+    device: torch.device | str = "cpu",
 ) -> tuple[FrozenResponse, dict[str, Any]]:
     """The judge `base` with its networks learnt anew, with another sampler of negatives: cheap, for a sensitivity table.
 
@@ -240,6 +246,7 @@ def fit_variant(
         heldout_users: Users of another fold for the metrics.
         members: Networks of the variant; None = as many as `base` has.
         progress: As in `fit_response`.
+        device: As in `fit_response`; that of `base`, whose item vectors are compared to the last bit.
 
     Returns:
         As `fit_response`.
@@ -248,7 +255,7 @@ def fit_variant(
         ValueError: When the item vectors are not those of `base`: another seed, other users or other settings.
     """
     begun = time.perf_counter()
-    fit = _Fit.of(dataset, users, config, seed, members or base.n_members, progress, stages=1)
+    fit = _Fit.of(dataset, users, config, seed, members or base.n_members, progress, device, stages=1)
     covariates = _covariates(dataset, fit.rows)
     space, networks = fit.whole([int(base_metrics["epochs"][name]) for name in dataset.outcomes])
     if not torch.equal(space.item_input, base.tensors["item_input"]) or fit.feature_names != base.feature_names:
@@ -311,6 +318,8 @@ class _Fit:
     sampled: bool
     base_rate: float
     bar: _Progress
+    device: torch.device | str
+    """Where networks are fitted; `rows` are on the CPU."""
     _factorization: Factorization | None = field(default=None, repr=False)
 
     @classmethod
@@ -322,6 +331,7 @@ class _Fit:
         seed: int,
         members: int,
         progress: bool | Callable[[str, int, int], None],
+        device: torch.device | str,
         *,
         stages: int | None = None,
     ) -> _Fit:
@@ -338,7 +348,7 @@ class _Fit:
         sampled = not dataset.has_impressions
         fits = members + (inner_folds if stages is None else 0)
         bar = _Progress(progress, fits * dataset.outcome.shape[1] * 8)
-        return cls(dataset, rows, config, seed, members, sampled, _base_rate(rows, config, sampled), bar)
+        return cls(dataset, rows, config, seed, members, sampled, _base_rate(rows, config, sampled), bar, device)
 
     def __post_init__(self) -> None:
         # one choice for all inner folds, so that a coefficient means the same in each
@@ -406,24 +416,24 @@ class _Fit:
             seed = stream(self.seed, "inner", fold)
             self.bar.begin(f"inner fold {fold + 1} of {self.inner_folds}")
             space = item_space(self.dataset, learn, config, seed, self.categories)
-            inputs, asked = space.inputs(learn), space.inputs(ask)
             factorization = Factorization.fit(learn, seed)
+            far = _Far.of(space, learn, ask, self.device)
             for outcome in range(n_outcomes):
                 network, best, _ = fit_network(
-                    space,
-                    learn,
-                    inputs,
+                    far.space,
+                    far.learn,
+                    far.inputs,
                     outcome=outcome,
                     sampled=self.sampled,
                     config=config,
                     seed=stream(seed, "outcome", outcome),
                     epochs=epochs[outcome] if fold > 0 else None,
-                    validation=(ask, asked),
+                    validation=(far.ask, far.asked),
                     tick=self.bar.tick,
                 )
                 if fold == 0:
                     epochs.append(best)
-                choice, sample = self._predictions(space, network, factorization, learn, ask, asked, outcome, seed)
+                choice, sample = self._predictions(far, space, network, factorization, learn, ask, outcome, seed)
                 choices[outcome].append(choice)
                 samples[outcome].append(sample)
             if fold == 0:
@@ -433,39 +443,41 @@ class _Fit:
 
     def _predictions(
         self,
+        far: _Far,
         space: ItemSpace,
         network: Network,
         factorization: Factorization,
         learn: Rows,
         ask: Rows,
-        asked: Tensor,
         outcome: int,
         seed: int,
     ) -> tuple[ChoiceData, _Sample]:
-        """Choices for the random effects (all events) and a sample for the calibration (some events)."""
+        """Choices for the random effects (all events, on the device) and a sample for the calibration (some events, here)."""
         config = self.config
         generator = torch_generator(seed, "predictions", outcome)
-        local = torch.searchsorted(self.rows.users, ask.users)
+        local = torch.searchsorted(self.rows.users, ask.users).to(self.device)
         gate = outcome == 0 and self.sampled
         index = _usable(ask, outcome, gate)
         with torch.no_grad():
+            rows, at = far.ask, index.to(self.device)
+            inputs, period = far.asked[at], rows.period[at]
             if gate:
                 affordable = _EFFECT_PAIRS // max(int(self.rows.engaged.sum()), 1)
-                drawn = ask.unseen_items(index, min(config.effect_negatives, max(affordable, 8)), space.q, generator)
-                items = torch.cat([ask.item[index][:, None], drawn], dim=1)
+                drawn = rows.unseen_items(at, min(config.effect_negatives, max(affordable, 8)), far.space.q, generator)
+                items = torch.cat([rows.item[at][:, None], drawn], dim=1)
                 # importance of an item drawn from q: a constant in q drops out of the choice
-                offset = _chunked(network.score, asked[index], items) - space.q[items].log()
-                phi = _chunked(space.features, asked[index], items, ask.period[index])
+                offset = _chunked(network.score, inputs, items) - far.space.q[items].log()
+                phi = _chunked(far.space.features, inputs, items, period)
                 target = torch.zeros_like(offset)
                 target[:, 0] = 1.0
-                choice = ChoiceData(local[ask.user[index]], phi, offset, target, self.rows.n_users)
+                choice = ChoiceData(local[rows.user[at]], phi, offset, target, self.rows.n_users)
             else:
-                own = ask.item[index][:, None]
-                offset = _chunked(network.score, asked[index], own)[:, 0]
-                offset = offset + shown_logit(network.shown, ask.position[index], ask.exposure[index])
-                phi = _chunked(space.features, asked[index], own, ask.period[index])[:, 0]
+                own = rows.item[at][:, None]
+                offset = _chunked(network.score, inputs, own)[:, 0]
+                offset = offset + shown_logit(network.shown, rows.position[at], rows.exposure[at])
+                phi = _chunked(far.space.features, inputs, own, period)[:, 0]
                 choice = ChoiceData.answers(
-                    local[ask.user[index]], phi, offset, ask.outcome[index, outcome], self.rows.n_users
+                    local[rows.user[at]], phi, offset, rows.outcome[at, outcome], self.rows.n_users
                 )
             limit = _CALIBRATION_EVENTS // self.inner_folds
             if not gate:
@@ -473,12 +485,12 @@ class _Fit:
             some = index[torch.randperm(len(index), generator=generator)[:limit]]
             answers = None if gate else factorization.answers(learn, outcome)
             sample = self._sample(
-                [network.score],
+                [network.to("cpu").score],
                 space,
                 outcome_level(learn, outcome),
                 (factorization, answers),
                 ask,
-                asked,
+                far.asked[some.to(self.device)].cpu(),
                 some,
                 outcome,
                 generator,
@@ -497,7 +509,7 @@ class _Fit:
         outcome: int,
         generator: torch.Generator,
     ) -> _Sample:
-        """The events `index` of `rows` as members (`scores`) and baselines see them."""
+        """The events `index` of `rows` as members (`scores`) and baselines see them; `inputs` are the states before them."""
         items, target = rows.item[index][:, None], rows.outcome[index, outcome][:, None]
         weight = torch.ones_like(target)
         gate = outcome == 0 and self.sampled
@@ -527,8 +539,8 @@ class _Fit:
         factor = [product, product.clamp(min=1e-3).log()] if answers is None else [product]
         return _Sample(
             user=rows.users[rows.user[index]],
-            score=torch.stack([_chunked(score, inputs[index], items) for score in scores], dim=-1),
-            phi=_chunked(space.features, inputs[index], items, rows.period[index]),
+            score=torch.stack([_chunked(score, inputs, items) for score in scores], dim=-1),
+            phi=_chunked(space.features, inputs, items, rows.period[index]),
             simple=torch.stack(columns, dim=-1),
             factors=torch.stack(factor, dim=-1).to(torch.float32),
             target=target,
@@ -542,7 +554,8 @@ class _Fit:
         """Item space, and each member's networks, of the whole fold."""
         seed = stream(self.seed, "whole")
         space = item_space(self.dataset, self.rows, self.config, seed, self.categories)
-        inputs = space.inputs(self.rows)
+        far_space, far_rows = space.to(self.device), self.rows.to(self.device)
+        inputs = far_space.inputs(far_rows)
         networks: list[list[Network]] = []
         for member in range(self.members):
             self.bar.begin("whole fold" if member == 0 else f"whole fold, member {member + 1} of {self.members}")
@@ -550,12 +563,12 @@ class _Fit:
             weight = None
             if member > 0:
                 draws = numpy_rng(own, "user_weight").gamma(_WEIGHT_SHAPE, size=self.rows.n_users)
-                weight = torch.from_numpy(draws / draws.mean()).to(torch.float32)
+                weight = torch.from_numpy(draws / draws.mean()).to(torch.float32).to(self.device)
             networks.append(
                 [
                     fit_network(
-                        space,
-                        self.rows,
+                        far_space,
+                        far_rows,
                         inputs,
                         outcome=outcome,
                         sampled=self.sampled,
@@ -564,7 +577,7 @@ class _Fit:
                         epochs=epochs[outcome],
                         user_weight=weight,
                         tick=self.bar.tick,
-                    )[0]
+                    )[0].to("cpu")
                     for outcome in range(len(self.dataset.outcomes))
                 ]
             )
@@ -573,7 +586,6 @@ class _Fit:
     def heldout_sample(self, response: FrozenResponse, users: Tensor, outcome: int, space: ItemSpace) -> _Sample:
         """Events of users of another fold, as the frozen judge sees them."""
         rows = Rows.of(self.dataset, users)
-        inputs = prefix_inputs(response.tensors["item_input"], response.tensors["decays"], rows)
         generator = torch_generator(self.seed, "heldout", outcome)
         gate = outcome == 0 and self.sampled
         index = _usable(rows, outcome, gate)
@@ -588,11 +600,16 @@ class _Fit:
             outcome_level(self.rows, outcome),
             (factorization, None if gate else factorization.answers(self.rows, outcome)),
             rows,
-            inputs,
+            self._states(response, rows, index),
             index,
             outcome,
             generator,
         )
+
+    def _states(self, response: FrozenResponse, rows: Rows, index: Tensor) -> Tensor:
+        """What the judge reads at the rows `index`: computed on the device, where the recurrence is fast, and brought here."""
+        item_input, decays = (response.tensors[name].to(self.device) for name in ("item_input", "decays"))
+        return prefix_inputs(item_input, decays, rows.to(self.device))[index.to(self.device)].cpu()
 
     def _exposures(self, response: FrozenResponse, users: Tensor, outcome: int) -> tuple[list[Tensor], Spread, Tensor]:
         """Items at the users' own states: each member's score (n,), effects' part, weight (n,).
@@ -606,7 +623,7 @@ class _Fit:
         usable = torch.arange(rows.n) if gate else _usable(rows, outcome, gate)
         limit = _CALIBRATION_EVENTS if gate else _CALIBRATION_EVENTS * _UNIFORM_NEGATIVES
         index = usable[torch.randperm(len(usable), generator=generator)[:limit]]
-        inputs = prefix_inputs(response.tensors["item_input"], response.tensors["decays"], rows)[index]
+        inputs = self._states(response, rows, index)
         user = rows.users[rows.user[index]]
         if gate:
             items = rows.unseen_items(index, _UNIFORM_NEGATIVES, torch.ones(rows.n_items), generator)
@@ -656,6 +673,24 @@ class _Fit:
         calibration = response.tensors["calibration"][:, 0].tolist()
         rates = [_mean(marginal(score, spread, *pair), weight) for score, pair in zip(scores, calibration, strict=True)]
         return sum(rates) / len(rates)
+
+
+@dataclass(frozen=True)
+class _Far:
+    """What an inner fold's networks are fitted and asked with, on the device of the fit."""
+
+    space: ItemSpace
+    learn: Rows
+    inputs: Tensor
+    """float32 (learn.n, state_dim)."""
+    ask: Rows
+    asked: Tensor
+    """float32 (ask.n, state_dim)."""
+
+    @classmethod
+    def of(cls, space: ItemSpace, learn: Rows, ask: Rows, device: torch.device | str) -> _Far:
+        space, learn, ask = space.to(device), learn.to(device), ask.to(device)
+        return cls(space, learn, space.inputs(learn), ask, space.inputs(ask))
 
 
 def _usable(rows: Rows, outcome: int, gate: bool) -> Tensor:

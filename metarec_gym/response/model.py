@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -215,6 +215,14 @@ class Rows:
         """Engaged rows of each user; int64 (n_users,)."""
         return torch.bincount(self.user[self.engaged], minlength=self.n_users)
 
+    def to(self, device: torch.device | str) -> Rows:
+        """The same rows on `device` (self when they are there already)."""
+        if self.user.device == torch.device(device):
+            return self
+        names = ("users", "user", "item", "outcome", "rank", "period", "position", "exposure")
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, **moved, _cache={})
+
     def subset(self, keep: Tensor) -> Rows:
         """The rows of the users with `keep`; bool (n_users,)."""
         renumber = torch.cumsum(keep.to(torch.int64), dim=0) - 1
@@ -246,8 +254,9 @@ class Rows:
             first = self._first_rank()
             if items.dim() == 1:
                 # rows of the transposed table are contiguous: four times as fast as gathering columns
-                columns = self._cache.setdefault("transposed", first.T.contiguous())
-                taken = columns[items].T[user]
+                if "transposed" not in self._cache:
+                    self._cache["transposed"] = first.T.contiguous()
+                taken = self._cache["transposed"][items].T[user]
             else:
                 taken = first[user[:, None], items]
             return taken < rank[:, None]
@@ -258,8 +267,9 @@ class Rows:
 
     def _first_rank(self) -> Tensor:
         if "first" not in self._cache:
-            first = torch.full((self.n_users * self.n_items,), torch.iinfo(torch.int32).max, dtype=torch.int32)
             keys, ranks = self._sorted_keys()
+            never = torch.iinfo(torch.int32).max
+            first = torch.full((self.n_users * self.n_items,), never, dtype=torch.int32, device=keys.device)
             first[keys] = ranks.to(torch.int32)
             self._cache["first"] = first.view(self.n_users, self.n_items)
         return self._cache["first"]
@@ -340,9 +350,9 @@ def category_exposure(dataset: Dataset, rows: Tensor) -> Tensor:
 
 
 def draw_items(q: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Items drawn from `q` by its inverse distribution function; int64 of `shape`."""
+    """Items drawn from `q` by its inverse distribution function, with numbers of the CPU's generator; int64 of `shape`."""
     cumulative = torch.cumsum(q.to(torch.float64), dim=0)
-    draw = torch.rand(shape, generator=generator, dtype=torch.float64) * cumulative[-1]
+    draw = torch.rand(shape, generator=generator, dtype=torch.float64).to(q.device) * cumulative[-1]
     return torch.searchsorted(cumulative, draw, right=True).clamp(max=len(q) - 1)
 
 
@@ -371,6 +381,10 @@ class ItemSpace:
     def dim(self) -> int:
         """Length of the item vectors."""
         return int(self.item_input.shape[1])
+
+    def to(self, device: torch.device | str) -> ItemSpace:
+        """The same space on `device`."""
+        return ItemSpace(**{name: value.to(device) for name, value in vars(self).items()})
 
     def inputs(self, rows: Rows) -> Tensor:
         """What the network reads at each row: `FrozenResponse.inputs` of the state before it; (n, state_dim)."""
@@ -600,14 +614,14 @@ def prefix_inputs(item_input: Tensor, decays: Tensor, rows: Rows) -> Tensor:
     Returns:
         float32 (n, (n_decays + 1) * d + 1): averages, mean vector, log count before each row.
     """
-    d, n_decays = item_input.shape[1], len(decays)
-    out = torch.empty(rows.n, (n_decays + 1) * d + 1)
+    d, n_decays, device = item_input.shape[1], len(decays), item_input.device
+    out = torch.empty(rows.n, (n_decays + 1) * d + 1, device=device)
     lengths = torch.bincount(rows.user, minlength=rows.n_users)
     starts = torch.cumsum(lengths, dim=0) - lengths
     order = torch.argsort(lengths, descending=True, stable=True)
     starts, lengths = starts[order], lengths[order]
-    averages = torch.zeros(rows.n_users, n_decays, d)
-    total, count = torch.zeros(rows.n_users, d), torch.zeros(rows.n_users, 1)
+    averages = torch.zeros(rows.n_users, n_decays, d, device=device)
+    total, count = torch.zeros(rows.n_users, d, device=device), torch.zeros(rows.n_users, 1, device=device)
     engaged = rows.engaged.to(torch.float32)
     for step in range(int(lengths.max()) if rows.n else 0):
         # users are sorted by length: those that still have a row are the first ones
@@ -619,7 +633,7 @@ def prefix_inputs(item_input: Tensor, decays: Tensor, rows: Rows) -> Tensor:
         taken = engaged[index][:, None]
         vector = item_input[rows.item[index]] * taken
         # s' = d s + (1 - d) e for an engaged row, s' = s for another
-        kept = torch.where(taken[:, :, None] > 0, decays[None, :, None], torch.ones(1))
+        kept = torch.where(taken[:, :, None] > 0, decays[None, :, None], 1.0)
         averages[:active] = averages[:active] * kept + (1.0 - decays)[None, :, None] * vector[:, None, :]
         total[:active] += vector
         count[:active] += taken
@@ -650,6 +664,10 @@ class Network:
     """(MAX_SLATE,): effect of the places after the first, and last of exposure; learnt here so that the items' own parts are
     free of where they were shown, and fitted again on predictions for unseen users. 0 without impressions."""
 
+    def to(self, device: torch.device | str) -> Network:
+        """The same network on `device`."""
+        return Network(**{name: value.to(device) for name, value in vars(self).items()})
+
     def tower(self, inputs: Tensor) -> Tensor:
         """(rows, state_dim) -> (rows, rank)."""
         hidden = torch.relu(torch.nn.functional.linear(inputs, self.hidden_weight, self.hidden_bias))
@@ -675,13 +693,16 @@ class _Learner:
     ):
         n_items, n_categories = space.category.shape
         state_dim = (len(space.decays) + 1) * space.dim + 1
-        self.towered, rank = config.family == "network", config.rank
+        self.towered, rank, device = config.family == "network", config.rank, space.item_input.device
 
         def normal(*shape: int, sd: float) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * sd).requires_grad_()
+            return (torch.randn(*shape, generator=generator) * sd).to(device).requires_grad_()
+
+        def fixed(*shape: int) -> Tensor:
+            return torch.zeros(*shape, device=device)
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape).requires_grad_()
+            return fixed(*shape).requires_grad_()
 
         if self.towered:
             # the state's entries are small (averages of unit vectors in `dim` dimensions), hence the wide start
@@ -692,15 +713,15 @@ class _Learner:
             self.own_vector = normal(n_items, rank, sd=0.05)
             self.category_vector = zeros(n_categories, rank)
         else:
-            self.hidden_weight, self.hidden_bias = torch.zeros(1, state_dim), torch.zeros(1)
-            self.tower_weight, self.tower_bias = torch.zeros(1, 1), torch.zeros(1)
-            self.own_vector, self.category_vector = torch.zeros(n_items, 1), torch.zeros(n_categories, 1)
+            self.hidden_weight, self.hidden_bias = fixed(1, state_dim), fixed(1)
+            self.tower_weight, self.tower_bias = fixed(1, 1), fixed(1)
+            self.own_vector, self.category_vector = fixed(n_items, 1), fixed(n_categories, 1)
         self.own_bias = zeros(n_items)
         self.category_bias = zeros(n_categories)
-        self.slope = torch.ones(1).requires_grad_()
+        self.slope = torch.ones(1, device=device).requires_grad_()
         self.constant = zeros(1)
         self.dynamic = zeros(len(DYNAMIC_FEATURES))
-        self.shown = zeros(MAX_SLATE) if shown else torch.zeros(MAX_SLATE)
+        self.shown = zeros(MAX_SLATE) if shown else fixed(MAX_SLATE)
         self.space, self.config, self.level = space, config, level
 
     @property
@@ -755,7 +776,7 @@ def _user_vectors(network: Network, space: ItemSpace, inputs: Tensor, period: Te
     weight = network.dynamic[1:] * space.dynamic_scale
     dynamic = weight[0] * inputs[:, : space.dim] + weight[1] * inputs[:, -space.dim - 1 : -1]
     dated = torch.nn.functional.one_hot(period, len(space.trend)).to(inputs.dtype) * network.dynamic[0]
-    return torch.cat([network.tower(inputs), dynamic, dated, torch.ones(len(inputs), 1)], dim=1)
+    return torch.cat([network.tower(inputs), dynamic, dated, torch.ones_like(inputs[:, :1])], dim=1)
 
 
 def _item_vectors(network: Network, space: ItemSpace) -> Tensor:
@@ -817,11 +838,11 @@ def fit_network(
     user_weight: Tensor | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> tuple[Network, int, list[float]]:
-    """Mini-batch Adam on the logistic loss of one outcome.
+    """Mini-batch Adam on the logistic loss of one outcome, on the device of `space`; all draws are made on the CPU.
 
     Args:
         space: Item vectors and features.
-        rows: Rows to learn from.
+        rows: Rows to learn from, on the same device.
         inputs: `space.inputs(rows)`.
         outcome: Which outcome; later ones use the engaged rows only.
         sampled: The gate's negatives are sampled (a positives-only log).
@@ -836,8 +857,7 @@ def fit_network(
         The network, the passes it took, and the validation loss per row after each pass.
     """
     generator, batch_size = torch_generator(seed, "network", outcome), batch_size_of(config, rows.n)
-    usable = torch.ones(rows.n, dtype=torch.bool) if outcome == 0 and not sampled else rows.engaged
-    index = torch.nonzero(usable).flatten()
+    index = _learnt_rows(rows, outcome, sampled)
     target = rows.outcome[:, outcome].contiguous()
     gate = outcome == 0 and sampled
     level = space.log_density if gate else outcome_level(rows, outcome)
@@ -866,7 +886,7 @@ def fit_network(
     average = [parameter.detach().clone() for parameter in parameters]
     limit = config.max_epochs if epochs is None else epochs
     for epoch in range(limit):
-        order = index[torch.randperm(len(index), generator=generator)]
+        order = index[torch.randperm(len(index), generator=generator).to(index.device)]
         for batch in order.split(batch_size):
             network = learner.network()
             if gate:
@@ -896,11 +916,17 @@ def fit_network(
     return (_levelled(best, space, rows, inputs, seed) if gate else best), best_epoch, losses
 
 
+def _learnt_rows(rows: Rows, outcome: int, sampled: bool) -> Tensor:
+    """The rows that an outcome is learnt from: for a gate with impressions all of them, otherwise the engaged ones."""
+    usable = torch.ones_like(rows.engaged) if outcome == 0 and not sampled else rows.engaged
+    return torch.nonzero(usable).flatten()
+
+
 def _levelled(network: Network, space: ItemSpace, rows: Rows, inputs: Tensor, seed: int) -> Network:
     """The network with a constant that makes it a density ratio: exp(f) averages 1 over uniformly drawn unseen items."""
     generator = torch_generator(seed, "level")
-    index = torch.randint(rows.n, (min(rows.n, 4000),), generator=generator)
-    items = rows.unseen_items(index, 64, torch.ones(rows.n_items), generator)
+    index = torch.randint(rows.n, (min(rows.n, 4000),), generator=generator).to(inputs.device)
+    items = rows.unseen_items(index, 64, torch.ones(rows.n_items, device=inputs.device), generator)
     f = network.score(inputs[index], items)
     dynamic = space.features(inputs[index], items, rows.period[index])[..., -len(DYNAMIC_FEATURES) :]
     f = f + dynamic @ network.dynamic
@@ -909,10 +935,10 @@ def _levelled(network: Network, space: ItemSpace, rows: Rows, inputs: Tensor, se
 
 def outcome_level(rows: Rows, outcome: int) -> Tensor:
     """Logit of each item's smoothed rate of an outcome (a later one: given the gate), around the mean; float32 (n_items,)."""
-    usable = rows.engaged if outcome > 0 else torch.ones(rows.n, dtype=torch.bool)
+    usable = rows.engaged if outcome > 0 else torch.ones_like(rows.engaged)
     item, value = rows.item[usable], rows.outcome[usable, outcome].to(torch.float64)
-    mean = value.mean().clamp(1e-4, 1 - 1e-4) if len(value) else torch.tensor(0.5, dtype=torch.float64)
-    total = torch.zeros(rows.n_items, dtype=torch.float64).index_add_(0, item, value)
+    mean = value.mean().clamp(1e-4, 1 - 1e-4) if len(value) else torch.full_like(value.sum(), 0.5)
+    total = torch.zeros(rows.n_items, dtype=torch.float64, device=item.device).index_add_(0, item, value)
     count = torch.bincount(item, minlength=rows.n_items).to(torch.float64)
     rate = (total + 10.0 * mean) / (count + 10.0)
     return (torch.logit(rate) - torch.logit(mean)).to(torch.float32)
@@ -927,9 +953,8 @@ def _validation_loss(
 ) -> Callable[[Network], float]:
     """The loss per row on other users, always with the same rows and negatives."""
     generator = torch_generator(seed, "validation", outcome)
-    usable = torch.ones(rows.n, dtype=torch.bool) if outcome == 0 and not sampled else rows.engaged
-    index = torch.nonzero(usable).flatten()
-    index = index[torch.randperm(len(index), generator=generator)[:8192]]
+    index = _learnt_rows(rows, outcome, sampled)
+    index = index[torch.randperm(len(index), generator=generator)[:8192].to(index.device)]
     target = rows.outcome[:, outcome].contiguous()
     negatives = [draw_items(space.q, (config.negatives,), generator) for _ in range(0, len(index), 1024)]
 
