@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.env_settings import env_settings
 from experiments.run_folder import ENV_CODE, code_hash, command_line
+from metarec_gym.devices import device_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,11 +90,14 @@ class Args:
     workers: int = 2
     """Processes, one core each."""
     device: str = "cpu"
-    """Where environments run."""
+    """Where environments run: cpu, cuda, or auto, which takes a GPU where there is one."""
     runs: Path = Path("runs")
     """Folder of all runs."""
     quiet: bool = False
     """No progress bars."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", device_of(self.device))
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def arms_of(args: Args, world: World, settings: Mapping[str, Any]) -> list[Arm]:
         elif text in ("SBS", "SCHED"):
             player, key = _from_headroom(text, args, world, settings)
         elif text.endswith(".safetensors"):
-            player = MlpPolicy.load(text).to(args.device)
+            player = MlpPolicy.load(text)
             _check_policy(player, text, args.fold, world)
             key = hashlib.sha256(Path(text).read_bytes()).hexdigest()[:10]
             name = f"{Path(text).stem if Path(text).stem != 'policy' else Path(text).resolve().parent.name}"

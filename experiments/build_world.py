@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.run_folder import RunFolder, code_hash, jsonable
+from metarec_gym.devices import device_of
 
 CODE = (
     "metarec_gym/data",
@@ -69,6 +70,9 @@ class Args:
     quiet: bool = False
     """No progress bars."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", device_of(self.device))
+
 
 def run(args: Args) -> dict[str, Any]:
     """Builds the world, or finds it finished.
@@ -80,11 +84,9 @@ def run(args: Args) -> dict[str, Any]:
         The result row.
     """
     from metarec_gym.data import InteractionLog
-    from metarec_gym.devices import device_of
     from metarec_gym.recommenders import make_strategy
     from metarec_gym.world import World
 
-    device = device_of(args.device)
     pool = [make_strategy(word) for word in args.pool]
     if args.users is None:
         log = InteractionLog.load(args.log)
@@ -98,8 +100,8 @@ def run(args: Args) -> dict[str, Any]:
     settings |= {"members": args.members, "variants": args.variants, "response": args.response}
     settings |= {"session_gap_s": args.session_gap, "strategies": [strategy.fingerprint() for strategy in pool]}
     facts: dict[str, Any] = {"kind": "world", "log": log.hash, "settings": settings, "code": code_hash(CODE)}
-    if device != "cpu":
-        facts["device"] = device
+    if args.device != "cpu":
+        facts["device"] = args.device
     folder = RunFolder(args.runs, f"world_{log.name}", facts)
     done = folder.result()
     if done is not None and not args.force and (args.out / "world.json").is_file():
@@ -125,7 +127,7 @@ def run(args: Args) -> dict[str, Any]:
         variants=args.variants,
         response=args.response,
         session_gap_s=args.session_gap,
-        device=device,
+        device=args.device,
     )
     row = folder.finish(
         {
@@ -134,7 +136,7 @@ def run(args: Args) -> dict[str, Any]:
             "folder": str(args.out),
             "responses": {fold: response.hash for fold, response in world.responses.items()},
             "seed": args.seed,
-            "device": device,
+            "device": args.device,
             "seconds": time.perf_counter() - started,
             "horizon": world.horizon,
             "strategies": world.strategies,

@@ -27,6 +27,7 @@ from experiments.headroom import PLAY_CODE, measure, world_line
 from experiments.run_folder import RunFolder, code_hash, command_line, versions, write_atomic
 from experiments.train import LEARNERS, SELECT_ID
 from experiments.train import run_folder as train_folder
+from metarec_gym.devices import device_of
 from metarec_gym.evaluation.headroom import EvalSettings
 
 if TYPE_CHECKING:
@@ -77,11 +78,14 @@ class Args:
     workers: int = 2
     """Processes, one core each."""
     device: str = "cpu"
-    """Where environments and our PPO run."""
+    """Where environments and our PPO run: cpu, cuda, or auto, which takes a GPU where there is one."""
     runs: Path = Path("runs")
     """Folder of all runs."""
     quiet: bool = False
     """No progress bars."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", device_of(self.device))
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def play_policy(path: str, **kwargs: Any) -> Arrays:
     from metarec_gym.evaluation.headroom import play_task
     from metarec_gym.policy import load_policy
 
-    return play_task(player=load_policy(path).to(kwargs["device"]), **kwargs)
+    return play_task(player=load_policy(path), **kwargs)
 
 
 def play_entry(
@@ -76,6 +76,7 @@ def play_entry(
         horizon=kwargs["horizon"],
         slate_size=settings.slate_size,
         cost_weight=settings.cost_weight,
+        device=kwargs["device"],
         **training_settings(settings.env),
     )
     started = time.perf_counter()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.env_settings import env_pairs, env_settings
 from experiments.run_folder import ENV_CODE, RunFolder, code_hash, command_line
+from metarec_gym.devices import device_of
 from metarec_gym.evaluation.headroom import EvalSettings
 
 if TYPE_CHECKING:
@@ -44,11 +45,14 @@ class Args:
     workers: int = 2
     """Processes, one core each."""
     device: str = "cpu"
-    """Where environments run; on a CUDA device one worker is used."""
+    """Where environments run: cpu, cuda, or auto, which takes a GPU where there is one; on a GPU one worker is used."""
     runs: Path = Path("runs")
     """Folder of all runs."""
     quiet: bool = False
     """No progress bars."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", device_of(self.device))
 
 
 def settings_of(args: Any) -> EvalSettings:

@@ -30,6 +30,7 @@ import torch
 
 from experiments.run_folder import ENV_CODE, ROOT, RunFolder, code_hash
 from experiments.throughput_measure import Setting
+from metarec_gym.devices import device_of
 
 CODE = (*ENV_CODE, "agents/ppo.py", "agents/ppo", "metarec_gym/response/frozen.py")
 CATALOGUES = (1_682, 3_706, 100_000, 1_000_000)
@@ -63,6 +64,9 @@ class Args:
     """Folder of all runs."""
     out: Path | None = None
     """Page to write; in the run's folder if None."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", device_of(self.device))
 
 
 def batches(args: Args) -> tuple[int, ...]:
@@ -236,8 +240,6 @@ def run(args: Args) -> dict[str, Any]:
     """
     from experiments.throughput_page import write_page
 
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device} was asked for and torch {torch.__version__} sees no GPU")
     world = None
     if args.world is not None:
         file = args.world / "world.json"

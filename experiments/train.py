@@ -22,6 +22,7 @@ from agents.roster import ROSTER
 from experiments.env_settings import env_settings
 from experiments.run_folder import ENV_CODE, RunFolder, code_hash
 from experiments.train_entry import check_entry, learn_entry
+from metarec_gym.devices import device_of
 
 if TYPE_CHECKING:
     from metarec_gym.evaluation.tasks import Arrays
@@ -97,11 +98,14 @@ class Args:
     resume: bool = False
     """Go on from the last checkpoint of a killed run."""
     device: str = "cpu"
-    """Where the environment and our PPO run."""
+    """Where the environment and our PPO run: cpu, cuda, or auto, which takes a GPU where there is one."""
     runs: Path = Path("runs")
     """Folder of all runs."""
     quiet: bool = False
     """No progress line."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", device_of(self.device))
 
 
 def env_of(args: Args) -> tuple[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ def check_entry(args: Args, env_id: str) -> None:
     """Refuses what only the learners take, before anything is learned.
 
     Raises:
-        ValueError: For `--set`, another judge, a device, an id that is not of Select, an agent that leaves no file, or one whose
+        ValueError: For `--set`, another judge, an id that is not of Select, an agent that leaves no file, or one whose
             library is missing.
     """
     if args.agent in LEAVE_NO_FILE:
@@ -35,12 +35,11 @@ def check_entry(args: Args, env_id: str) -> None:
         "--set": args.set,
         "--num-envs": args.num_envs,
         "--resume": args.resume,
-        "--device": args.device != "cpu",
     }
     given = [name for name, value in refused.items() if value]
     if given or args.judge != "main":
         raise ValueError(
-            f"{args.agent} learns from a lesson, on the CPU and from the main judge, and has no settings on the command line; "
+            f"{args.agent} learns from a lesson and from the main judge, and has no settings on the command line; "
             f"leave out {', '.join(given or ['--judge'])}"
         )
     if missing := ROSTER[args.agent].missing():
@@ -80,7 +79,7 @@ def learn_entry(args: Args, world: Any, settings: dict[str, Any], path: Path) ->
     Raises:
         ValueError: When the budget is too small for the agent.
     """
-    more = {"cost_weight": args.cost_weight, **training_settings(settings)}
+    more = {"cost_weight": args.cost_weight, "device": args.device, **training_settings(settings)}
     if args.slate_size is not None:
         more["slate_size"] = args.slate_size
     horizon = args.horizon or int(world.horizon)

@@ -1,8 +1,9 @@
-"""Which device a word means."""
+"""Which device a word means, and how many threads of the CPU a fit runs on."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def device_of(word: str) -> str:
@@ -17,6 +18,10 @@ def device_of(word: str) -> str:
     Raises:
         ValueError: When it is no device of torch, or a GPU that is not there.
     """
+    if word == "cpu":
+        return word
+    import torch
+
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if word == "auto":
         return "cuda" if gpus else "cpu"
@@ -31,3 +36,16 @@ def device_of(word: str) -> str:
             "a GPU where there is one"
         )
     return word
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Inside, torch adds up on one thread of the CPU, so that no bit of a fit depends on the number of cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

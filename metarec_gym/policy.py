@@ -187,14 +187,16 @@ class MlpPolicy(StatelessPolicy):
         return self.layers[0][0].shape[1]
 
     def to(self, device: torch.device | str) -> MlpPolicy:
-        """Moves the weights to `device`; returns self."""
+        """Moves the weights to `device`, where the first observation would bring them too; returns self."""
         self.layers = [(w.to(device), b.to(device)) for w, b in self.layers]
         self.obs_mean, self.obs_scale = self.obs_mean.to(device), self.obs_scale.to(device)
         self.log_std = None if self.log_std is None else self.log_std.to(device)
         return self
 
     def normalised(self, obs: Tensor) -> Tensor:
-        """What the network is fed; float32 (num_rows, obs_dim) -> the same shape."""
+        """What the network is fed; float32 (num_rows, obs_dim) -> the same shape. The weights follow the observations."""
+        if self.obs_mean.device != obs.device:
+            self.to(obs.device)
         fed = (obs - self.obs_mean) / self.obs_scale
         return fed if self.obs_clip is None else fed.clamp(-self.obs_clip, self.obs_clip)
 

@@ -46,7 +46,6 @@ class LstmPolicy(MlpPolicy):
 
     def begin(self, num_rows: int, device: torch.device | str = "cpu") -> None:
         """New episodes in all rows: the memory is empty."""
-        self.to(device)
         empty = torch.zeros(num_rows, self.cell[1].shape[1], device=device)
         self._state, self._next = (empty, empty.clone()), None
 
@@ -63,9 +62,10 @@ class LstmPolicy(MlpPolicy):
             self._state, self._next = self._next or self._remember(obs, self._state), None
 
     def _remember(self, obs: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        fed = self.normalised(obs)
         weight_in, weight_hidden, bias_in, bias_hidden = self.cell
         hidden, kept = state
-        gates = torch.nn.functional.linear(self.normalised(obs), weight_in, bias_in)
+        gates = torch.nn.functional.linear(fed, weight_in, bias_in)
         gates = gates + torch.nn.functional.linear(hidden, weight_hidden, bias_hidden)
         i, f, g, o = gates.chunk(4, dim=1)
         # c_t = sigma(f) c_{t-1} + sigma(i) tanh(g), h_t = sigma(o) tanh(c_t)

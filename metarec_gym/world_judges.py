@@ -14,10 +14,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from metarec_gym.devices import single_thread
 from metarec_gym.response.frozen import FrozenResponse
 
 if TYPE_CHECKING:
@@ -93,8 +93,6 @@ def fit_judge(job: JudgeJob, progress: bool) -> Fitted:
     """Fits one judge on one thread and keeps it."""
     from metarec_gym.response import fitting
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     settings: dict[str, Any] = {
         "seed": job.seed,
         "config": job.config,
@@ -103,13 +101,11 @@ def fit_judge(job: JudgeJob, progress: bool) -> Fitted:
         "progress": progress,
         "device": job.device,
     }
-    try:
+    with single_thread():
         if job.base is None:
             judge, metrics = fitting.fit_response(job.dataset, job.users, **settings)
         else:
             judge, metrics = fitting.fit_variant(job.dataset, job.users, *job.base, **settings)
-    finally:
-        torch.set_num_threads(threads)
     if job.stage is not None:
         save_file(judge.tensors, str(job.stage.with_suffix(".safetensors")))
         header = {"outcomes": judge.outcomes, "feature_names": judge.feature_names, "metrics": metrics}

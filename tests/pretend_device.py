@@ -105,6 +105,8 @@ class _Constants(TorchFunctionMode):
         device = kwargs.get("device")
         if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device).type == DEVICE:
             return func(*args, **{**kwargs, "device": "cpu"}).to(device)
+        if func is Tensor.new_tensor and isinstance(args[0], FarTensor):
+            return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)).to(DEVICE)
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], _index(args[1]), *args[2:])
         return func(*args, **kwargs)
@@ -128,7 +130,9 @@ def _run(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
     leaves = [leaf for leaf in tree_flatten((args, dict(kwargs)))[0] if isinstance(leaf, Tensor)]
     far = [leaf for leaf in leaves if isinstance(leaf, FarTensor)]
     if any(leaf.device.type == DEVICE and not isinstance(leaf, FarTensor) for leaf in leaves):
-        raise RuntimeError(f"{func} was given a tensor of {DEVICE} without numbers: this pretence does not know how it was made")
+        raise RuntimeError(
+            f"{func} was given a tensor of {DEVICE} without numbers: this pretence does not know how it was made"
+        )
     asked = kwargs.get("device")
     moves = func in (_aten._to_copy.default, _aten.copy_.default)
     if far and not moves:

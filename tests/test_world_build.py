@@ -11,6 +11,7 @@ import torch
 from metarec_gym import world_building
 from metarec_gym.data import FOLD_A, FOLD_B, InteractionLog, encode, synthetic_log
 from metarec_gym.envs import MetaRecVectorEnv
+from metarec_gym.recommenders.sequential import SasRec
 from metarec_gym.response.frozen import LoggedResponse
 from metarec_gym.response.model import ResponseConfig
 from metarec_gym.world import World, WorldError, erase_user
@@ -269,3 +270,15 @@ def test_probabilities_lie_inside_0_and_1_and_tell_items_apart(built):
     assert bool(((probs > 0.0) & (probs < 1.0)).all())
     # the likeliest item of a user is many times as likely as the least likely one
     assert float((probs[..., 0].amax(dim=1) / probs[..., 0].amin(dim=1)).min()) > 5.0
+
+
+def test_a_sequence_model_has_the_same_bits_whatever_the_threads():
+    dataset = encode(synthetic_log(0, n_users=300, n_items=400, events_per_user=(20, 60))[0], seed=0)
+    users, before = torch.arange(dataset.n_users), torch.get_num_threads()
+    fitted = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        fitted.append(SasRec(steps=4).fit(dataset, users, seed=0).state_dict())
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert all(torch.equal(value, fitted[1][key]) for key, value in fitted[0].items())

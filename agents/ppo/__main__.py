@@ -13,6 +13,7 @@ import gymnasium as gym
 import torch
 
 from agents.ppo import SOLO, Args, join_team, train, with_judges
+from metarec_gym.devices import device_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Command:
     threads: int = 1
     """CPU threads a process; these networks are too small to gain much from more, and lose much on a busy machine."""
     device: str = "cpu"
-    """Where everything runs; with several processes `cuda` is one device each. Only for MetaRec environments."""
+    """Where everything runs: cpu, cuda, or auto, which takes a GPU where there is one; with several processes `cuda` is one
+    device each. Only for MetaRec environments."""
     backend: Literal["gloo", "nccl"] | None = None
     """How several processes, started by torchrun, talk to each other; None: there is one process."""
 
@@ -66,7 +68,8 @@ def main() -> None:
     command = tyro.cli(Command, config=(tyro.conf.OmitArgPrefixes,))
     torch.set_num_threads(command.threads)
     team = SOLO if command.backend is None else join_team(command.backend)
-    device = f"cuda:{team.rank % torch.cuda.device_count()}" if command.device == "cuda" else command.device
+    asked = device_of(command.device)
+    device = f"cuda:{team.rank % torch.cuda.device_count()}" if asked == "cuda" else asked
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     run_dir = Path(command.run_dir or f"runs/ppo_{command.args.seed}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from metarec_gym.data.sessions import SESSION_GAP_S, sessions_by_gap, sessions_b
 from metarec_gym.data.splits import assign_folds
 from metarec_gym.data.storage import file_sha256, hash_table, read_description
 from metarec_gym.seeding import stream
+
+_ROWS = 1_000_000
+"""Rows that are changed at a time."""
 
 
 # ------------------------------------------------------------------------------------------------ content hash
@@ -128,7 +132,7 @@ def encode_folder(
         place = column("position", np.int64, rows) if "position" in names else None
         user_ids: list[str] = []
         sizes: list[int] = []
-        at = 0
+        at, refused, taken, first_place = 0, False, False, 0
         for frame in _whole_users(file):
             code, found = pd.factorize(frame["user_id"])
             ids = [str(name) for name in found]
@@ -146,25 +150,30 @@ def encode_folder(
             user[at:end], time_s[at:end] = here, seconds
             item[at:end] = item_ids.get_indexer(pd.Index(frame["item_id"].astype(object)))
             outcome[at:end] = frame[list(outcomes)].to_numpy(dtype=np.float32)
+            refused |= bool((outcome[at:end, 0] == 0).any())
+            taken |= bool((outcome[at:end, 0] > 0).any())
             if "session_id" in names:
                 session[at:end] = sessions_by_id(here, frame["session_id"].to_numpy(dtype=object))
             else:
                 session[at:end] = sessions_by_gap(here, seconds, session_gap_s)
             if place is not None:
                 place[at:end] = frame["position"].to_numpy(dtype=np.int64)
+                first_place = min(first_place if at else int(place[0]), int(place[at:end].min()))
             sizes += np.bincount(code, minlength=len(ids)).tolist()
             user_ids += ids
             at = end
-    if place is not None:
+            column.let_go()
+    if place is not None and first_place != 0:
         # some logs count the first place as 1
-        place -= place.min()
+        for lo in range(0, rows, _ROWS):
+            place[lo : lo + _ROWS] -= first_place
+            column.let_go()
     text, category, category_names, release = item_columns(items, np.asarray(item_ids, dtype=object).astype(str))
-    gate = outcome[:, 0]
     return Dataset(
         name=str(description["name"]),
         outcomes=outcomes,
         outcome_weights=tuple(float(weight) for weight in description["outcome_weights"]),
-        has_impressions=bool((gate == 0).any() and (gate > 0).any()),
+        has_impressions=refused and taken,
         user_ids=np.array(user_ids, dtype=object),
         item_ids=np.asarray(item_ids, dtype=object),
         user=torch.from_numpy(user),
@@ -187,13 +196,23 @@ class _Columns:
 
     def __init__(self, scratch: Path | None) -> None:
         self.scratch = scratch
+        self._mapped: list[np.memmap[Any, Any]] = []
         if scratch is not None:
             scratch.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, name: str, dtype: Any, *shape: int) -> NDArray[Any]:
         if self.scratch is None or 0 in shape:
             return np.zeros(shape, dtype=dtype)
-        return np.memmap(self.scratch / f"{name}.bin", dtype=dtype, mode="w+", shape=shape)
+        array = np.memmap(self.scratch / f"{name}.bin", dtype=dtype, mode="w+", shape=shape)
+        self._mapped.append(array)
+        return array
+
+    def let_go(self) -> None:
+        """Gives the memory of what was written back to the system, which keeps the pages until they are in the files."""
+        for array in self._mapped:
+            # not every system can; the pages then stay until it needs them
+            if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _opened(folder: Path) -> tuple[dict[str, Any], pq.ParquetFile, pd.DataFrame | None]:

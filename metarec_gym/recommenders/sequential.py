@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from metarec_gym import seeding
+from metarec_gym.devices import single_thread
 from metarec_gym.recommenders.base import JSON, FitRows, Strategy
 
 if TYPE_CHECKING:
@@ -139,6 +140,14 @@ class SasRec(Strategy):
             lr=self.learning_rate,
             betas=(0.9, 0.98),
         )
+        with single_thread():
+            self._descend(weights, rows, generator, optimizer)
+        for key, weight in weights.items():
+            setattr(self, key, weight.detach().cpu())
+
+    def _descend(
+        self, weights: dict[str, Tensor], rows: FitRows, generator: torch.Generator, optimizer: torch.optim.Optimizer
+    ) -> None:
         for step, drawn in enumerate(self._batches(rows, generator)):
             batch = drawn.to(rows.device)
             done = step / self.steps
@@ -151,8 +160,6 @@ class SasRec(Strategy):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        for key, weight in weights.items():
-            setattr(self, key, weight.detach().cpu())
 
     def _batches(self, rows: FitRows, generator: torch.Generator) -> Iterator[Tensor]:
         """`steps` batches of windows, each epoch cut and shuffled anew; none where no user has two events."""
