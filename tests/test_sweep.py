@@ -137,15 +137,18 @@ def test_actors_give_the_scores_of_batched_rollouts(world):
         assert actors.requests == evaluator.requests
 
 
+def small_sweep(world, runs, **settings):
+    return sweep.Args(
+        worlds=(world,), trials=2, seeds=2, steps=2560, episodes=50, runs=runs,
+        space=("learning_rate=log:1e-3:1e-2", "epochs=int:1:2"), **settings,
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 def test_a_small_sweep_finds_finished_trials_and_scores_the_best_held_out(world, tmp_path):
     pytest.importorskip("ray")
     pytest.importorskip("optuna")
-    args = sweep.Args(
-        worlds=(world,), trials=2, seeds=2, steps=2560, episodes=50, cpus=2, runs=tmp_path,
-        space=("learning_rate=log:1e-3:1e-2", "epochs=int:1:2"),
-    )  # fmt: skip
-    result = sweep.run(args)
+    result = sweep.run(small_sweep(world, tmp_path, cpus=2))
     (row,) = result["rows"]
     assert len(row["trials"]) == 2
     assert row["failed"] == []
@@ -157,6 +160,30 @@ def test_a_small_sweep_finds_finished_trials_and_scores_the_best_held_out(world,
     # without result.json the sweep is restored: no trial is made anew
     trainings = sorted(p.name for p in tmp_path.glob("ppo_*"))
     (folder / "result.json").unlink()
-    again = sweep.run(args)
+    again = sweep.run(small_sweep(world, tmp_path, cpus=2))
     assert again["rows"][0]["trials"] == json.loads(json.dumps(row["trials"]))
     assert sorted(p.name for p in tmp_path.glob("ppo_*")) == trainings
+
+
+@pytest.mark.slow
+def test_a_sweep_and_a_population_run_on_a_cluster_of_two_nodes(world, tmp_path):
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("optuna")
+    from ray.cluster_utils import Cluster
+
+    from experiments.ray_population import RayPopulation
+
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    try:
+        result = sweep.run(small_sweep(world, tmp_path, address=cluster.address))
+        assert len(ray.nodes()) == 2
+        (row,) = result["rows"]
+        assert (len(row["trials"]), row["failed"], len(row["held_out"])) == (2, [], 2)
+        population = torch.eye(5, 3, dtype=torch.float64)
+        with RayPopulation(Squares(), actors=2, address=cluster.address) as actors:
+            assert torch.equal(actors.evaluate(population, [1, 2]), Squares().evaluate(population, [1, 2]))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
