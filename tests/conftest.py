@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from metarec_gym.world import World
+from tests.pretend_graph import pretend_gpu
 
 # the tests' tensors are tiny: threads would only wait for each other
 torch.set_num_threads(1)
@@ -51,3 +53,15 @@ def real_logs() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("needs real logs: set METAREC_DATA_DIR to their folder")
     return Path(folder)
+
+
+@pytest.fixture(params=[pytest.param("pretended", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A device that is not the CPU: a pretended one in the `slow` tests, CUDA itself in the `gpu` tests."""
+    if request.param == "pretended":
+        with pretend_gpu(monkeypatch) as device:
+            yield device
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    yield "cuda"

@@ -2,7 +2,7 @@
 
 Code that runs here with `device="meta"` and gives the CPU's results puts every tensor where it belongs: a table left behind, a
 random draw made on the wrong side, or a `.numpy()` without `.cpu()` fails as it would on a GPU. It says nothing of speed, of a
-GPU's rounding, nor of captured graphs.
+GPU's rounding; `pretend_graph` records graphs on it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _CPU_INDEX_ALLOWED = {
     _aten._index_put_impl_.default,
 }
 """CUDA's tensors may be indexed by the CPU's."""
+RECORDERS: list[Any] = []
+"""The last one runs every operation on the device instead; see `pretend_graph`."""
 
 
 class FarTensor(Tensor):
@@ -104,6 +106,8 @@ class _Constants(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         device = kwargs.get("device")
         if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device).type == DEVICE:
+            if isinstance(args[0], FarTensor):
+                return func(*args, **kwargs)
             return func(*args, **{**kwargs, "device": "cpu"}).to(device)
         if func is Tensor.new_tensor and isinstance(args[0], FarTensor):
             return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)).to(DEVICE)
@@ -146,7 +150,11 @@ def _run(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
     if asked is not None and torch.device(asked).type == DEVICE:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     owner = {id(leaf.near): leaf for leaf in far}
-    out = func(*tree_map(_near, args), **tree_map(_near, dict(kwargs)))
+    near_args, near_kwargs = tree_map(_near, args), tree_map(_near, dict(kwargs))
+    if RECORDERS:
+        out = RECORDERS[-1](func, near_args, near_kwargs, crosses=moves and result_is_far != _all_far(leaves))
+    else:
+        out = func(*near_args, **near_kwargs)
 
     def back(value: Any) -> Any:
         if not isinstance(value, Tensor) or not result_is_far:
@@ -167,6 +175,10 @@ def _check_together(func: Callable[..., Any], args: Any, leaves: list[Tensor]) -
             f"Expected all tensors to be on the same device, but found at least two devices, meta and cpu, in {func}: "
             f"{[tuple(leaf.shape) for leaf in strangers]} on the CPU"
         )
+
+
+def _all_far(leaves: list[Tensor]) -> bool:
+    return all(isinstance(leaf, FarTensor) for leaf in leaves)
 
 
 def _near(value: Any) -> Any:

@@ -254,26 +254,25 @@ def test_noise_of_another_shape_is_refused(tiny_world):
         rollout_of(env, steps=2).run(noise_for(env, 3))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("action", ["select", "blend", "slots"])
-def test_on_cuda_a_graph_is_eager_and_compiled_is_nearly(several_members, action):
+def test_on_a_gpu_a_graph_is_eager_and_compiled_is_nearly(several_members, gpu, action):
     def played(mode: str, runs: int = 3) -> list[captured.Played]:
-        env = make(several_members, device="cuda", action=action)
+        env = make(several_members, device=gpu, action=action)
         plays, found = rollout_of(env, mode=mode), []
         for run in range(runs):
             one = plays.run(noise_for(env, seed=run))
             found.append(captured.Played(**{name: value.clone() for name, value in vars(one).items()}))
         return found
 
-    eager, graph, compiled = played("eager"), played("graph"), played("compile")
+    eager, graph = played("eager"), played("graph")
     for one, other in zip(eager, graph, strict=True):
         assert all(torch.equal(vars(one)[name], vars(other)[name]) for name in vars(one))
-    assert_nearly(compiled[0], eager[0])
+    if gpu == "cuda":
+        assert_nearly(played("compile")[0], eager[0])
 
 
-@pytest.mark.gpu
-def test_on_cuda_a_captured_rollout_is_step(several_members):
-    env, ref = make(several_members, device="cuda"), make(several_members, device="cuda")
+def test_on_a_gpu_a_captured_rollout_is_step(several_members, gpu):
+    env, ref = make(several_members, device=gpu), make(several_members, device=gpu)
     played, act, noise = rollout_of(env, mode="graph").run(noise_for(env)), act_of(ref), noise_for(ref)
     obs = ref._observe()[:ROWS]
     for t in range(STEPS):

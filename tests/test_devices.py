@@ -176,7 +176,7 @@ def test_replay_and_tuning_step_on_another_device(device):
 # ------------------------------------------------------------------------------------------------ agents
 def test_a_loaded_policy_follows_the_observations(device, leaving_world, tmp_path):
     env = MetaRecVectorEnv(4, leaving_world, output="torch", autoreset_mode="SameStep")
-    for recurrent in ("none", "gru"):
+    for recurrent in (False, True):
         trained = train(env, Args(total_steps=64, num_steps=8, recurrent=recurrent), progress=False).policy
         path = trained.save(tmp_path / f"{recurrent}.safetensors")
         obs, mask = torch.rand(3, env.single_observation_space.shape[0]), torch.ones(3, 3, dtype=torch.bool)
@@ -192,7 +192,7 @@ LEARNERS = {
     "plain": ("select", {}),
     "blend": ("blend", {}),
     "slots": ("slots", {}),
-    "memory": ("select", {"recurrent": "gru", "rnn_size": 8}),
+    "memory": ("select", {"recurrent": True, "rnn_size": 8}),
     "normalised": ("select", {"normalize_obs": True, "normalize_reward": True, "target_kl": 0.02}),
 }
 

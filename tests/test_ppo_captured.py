@@ -235,26 +235,24 @@ def test_a_learning_rate_that_is_a_tensor_is_changed_in_place():
     assert float(rate) == 0.125
 
 
-@pytest.mark.gpu
-def test_on_cuda_auto_is_a_graph_and_learns_what_stepping_does(leaving_world):
+def test_on_a_gpu_auto_is_a_graph_and_learns_what_stepping_does(leaving_world, gpu):
     def trained(rollout: str) -> Any:
-        run = training(leaving_world, env={"device": "cuda"}, rollout=rollout)
+        run = training(leaving_world, env={"device": gpu}, rollout=rollout)
         for _ in range(5):
             run.iterate()
         return run
 
-    graph, stepping = trained("auto"), trained("eager")
+    graph, stepping = trained("auto" if gpu == "cuda" else "graph"), trained("eager")
     assert (graph.way, stepping.way) == ("graph", "eager")
     assert (graph.learner is None, stepping.learner is None) == (False, True)
     assert isinstance(graph.optimizer.param_groups[0]["lr"], torch.Tensor)
     torch.testing.assert_close(weights_of(graph), weights_of(stepping), rtol=0, atol=1e-4)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("kind", sorted(LEARNING))
-def test_on_cuda_a_recorded_update_is_the_one_by_steps(leaving_world, kind):
-    settings = dict(LEARNING[kind])
-    settings["env"] = {**settings.get("env", {}), "device": "cuda"}
+def test_on_a_gpu_a_recorded_update_is_the_one_by_steps(leaving_world, gpu, kind):
+    settings = {**LEARNING[kind], "rollout": "graph"}
+    settings["env"] = {**settings.get("env", {}), "device": gpu}
     recorded, by_steps = training(leaving_world, **settings), training(leaving_world, **settings)
     by_steps.learner = None
     for _ in range(4):
@@ -263,13 +261,12 @@ def test_on_cuda_a_recorded_update_is_the_one_by_steps(leaving_world, kind):
     torch.testing.assert_close(weights_of(recorded), weights_of(by_steps), rtol=0, atol=1e-4)
 
 
-@pytest.mark.gpu
-def test_on_cuda_a_checkpoint_goes_on_with_a_recorded_update(leaving_world, tmp_path):
-    one = training(leaving_world, env={"device": "cuda"})
+def test_on_a_gpu_a_checkpoint_goes_on_with_a_recorded_update(leaving_world, gpu, tmp_path):
+    one = training(leaving_world, env={"device": gpu}, rollout="graph")
     for _ in range(2):
         one.iterate()
     one.save(tmp_path / "checkpoint.safetensors")
-    other = training(leaving_world, env={"device": "cuda"})
+    other = training(leaving_world, env={"device": gpu}, rollout="graph")
     other.iterate()
     other.load(tmp_path / "checkpoint.safetensors")
     for run in (one, other):
