@@ -98,6 +98,12 @@ def test_a_draw_needs_a_generator_of_its_device(device):
     assert torch.equal(drawn.cpu(), torch.rand(3, generator=torch.Generator().manual_seed(1)))
 
 
+def test_a_comparison_compares_numbers(device):
+    torch.testing.assert_close(torch.ones(2, device=device), torch.ones(2, device=device))
+    with pytest.raises(AssertionError, match="not close"):
+        torch.testing.assert_close(torch.ones(2, device=device), torch.zeros(2, device=device))
+
+
 def test_gradients_flow_on_the_pretended_device(device):
     weight = torch.ones(2, device=device).requires_grad_()
     (weight * torch.arange(2.0, device=device)).sum().backward()

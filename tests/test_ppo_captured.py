@@ -42,7 +42,7 @@ def learning_captured(world: World, **settings: Any) -> Any:
 
 
 def weights_of(run: Any) -> torch.Tensor:
-    return torch.cat([tensor.flatten() for tensor in run.net.state_dict().values()])
+    return torch.cat([tensor.cpu().flatten() for tensor in run.net.state_dict().values()])
 
 
 # after five iterations of the code as it was before there were captured rollouts: sums of the weights of the actor's and the
@@ -99,7 +99,16 @@ LEARNING: dict[str, dict[str, Any]] = {
     "masked": {"env": {"outage_rate": 0.2}, "truncation": "terminal"},
     "slots": {"env": {"action": "slots"}, "truncation": "current", "shuffle": "once"},
     "blend": {"env": {"action": "blend"}, "advantage_scope": "batch"},
-    "schedules": {"clip_schedule": "linear", "ent_schedule": "linear", "clip_range_vf": 0.2, "clip_vloss": "max"},
+    # so narrow that they bind: a range that a graph does not read anew is noticed
+    "schedules": {
+        "clip_range": 0.02,
+        "clip_schedule": "linear",
+        "ent_coef": 0.1,
+        "ent_schedule": "linear",
+        "clip_range_vf": 0.05,
+        "clip_vloss": "max",
+        "learning_rate": 1e-2,
+    },
     "one trunk": {"shared_trunk": True, "normalize_advantage": False},
 }
 
