@@ -460,16 +460,14 @@ def test_every_lesson_gives_a_policy_that_serves(types: World, name: str) -> Non
     assert 0.2 <= value_on_b(types, policy) <= 1.0 + 1e-5
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_gives_what_the_cpu_gives() -> None:
+def test_a_gpu_gives_what_the_cpu_gives(gpu: str) -> None:
     for policy, twin in zip(every_policy(), every_policy(), strict=True):
         policy.begin(3)
-        twin.begin(3, "cuda")
+        twin.begin(3, gpu)
         for step in history(3, 6):
             policy.observe(*step)
-            twin.observe(*(part.cuda() for part in step))
+            twin.observe(*(part.to(gpu) for part in step))
         obs, mask = history(3, 1, seed=4)[0][0], torch.ones(3, K, dtype=torch.bool)
         torch.testing.assert_close(
-            twin.action_probs(obs.cuda(), mask.cuda()).cpu(), policy.action_probs(obs, mask), atol=0.05, rtol=0
+            twin.action_probs(obs.to(gpu), mask.to(gpu)).cpu(), policy.action_probs(obs, mask), atol=0.05, rtol=0
         )

@@ -379,17 +379,14 @@ def test_a_synthetic_log_of_few_items_leaves_every_user_items_not_taken():
         TrainingData.synthetic(n_users=10, n_items=12)
 
 
-@pytest.mark.gpu
-def test_cuda_trains_as_cpu_within_tolerance():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    cpu, cuda = (small(64, output="torch", autoreset_mode="Disabled", device=device) for device in ("cpu", "cuda"))
+def test_a_gpu_trains_as_cpu_within_tolerance(gpu):
+    cpu, far = (small(64, output="torch", autoreset_mode="Disabled", device=device) for device in ("cpu", gpu))
     cpu.reset(seed=0)
-    cuda.reset(seed=0)
+    far.reset(seed=0)
     for action in random_actions(64, 4):
         # the reference state is fed, so that one candidate at a tie cannot make everything after it differ
-        cuda.set_state(cpu.get_state())
-        a, b = cpu.step(torch.from_numpy(action)), cuda.step(torch.from_numpy(action).cuda())
+        far.set_state(cpu.get_state())
+        a, b = cpu.step(torch.from_numpy(action)), far.step(torch.from_numpy(action).to(gpu))
         torch.testing.assert_close(b[0].cpu(), a[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(b[1].cpu(), a[1], rtol=1e-3, atol=2e-3)
 

@@ -422,21 +422,18 @@ def test_no_global_random_state_is_touched(leaving_world):
     assert np.array_equal(numpy_before, np.random.get_state()[1])  # noqa: NPY002
 
 
-@pytest.mark.gpu
-def test_cuda_gives_the_same_slates_and_draws_as_cpu(leaving_world):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+def test_a_gpu_gives_the_same_slates_and_draws_as_cpu(leaving_world, gpu):
     cpu = MetaRecVectorEnv(256, world=leaving_world, output="torch", autoreset_mode="Disabled")
-    cuda = MetaRecVectorEnv(256, world=leaving_world, output="torch", autoreset_mode="Disabled", device="cuda")
+    far = MetaRecVectorEnv(256, world=leaving_world, output="torch", autoreset_mode="Disabled", device=gpu)
     actions = torch.from_numpy(random_actions(cpu, cpu.horizon))
     cpu.reset(seed=0)
-    cuda.reset(seed=0)
+    far.reset(seed=0)
     for action in actions:
         # the reference state is fed, so that one draw at a threshold cannot make everything after it differ
-        cuda.set_state(cpu.get_state())
-        a, b = cpu.step(action), cuda.step(action.cuda())
+        far.set_state(cpu.get_state())
+        a, b = cpu.step(action), far.step(action.to(gpu))
         assert torch.equal(a[4]["slate"], b[4]["slate"].cpu())
-        assert torch.allclose(cpu.expected_reward, cuda.expected_reward.cpu(), atol=1e-5)
+        assert torch.allclose(cpu.expected_reward, far.expected_reward.cpu(), atol=1e-5)
         assert float((a[1] != b[1].cpu()).float().mean()) < 1e-3
         assert torch.allclose(a[0], b[0].cpu(), atol=1e-5) or float((a[1] != b[1].cpu()).sum()) > 0
 

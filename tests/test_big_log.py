@@ -1,0 +1,25 @@
+"""The measurement of big logs: what it writes, and that a step that fails is said."""
+
+import json
+
+import pytest
+
+from experiments import big_log
+
+
+def test_every_step_is_measured_and_the_log_is_gone_afterwards(tmp_path, capsys):
+    args = big_log.Args(rows=3_000, items=50, sample=10, folder=tmp_path / "log", runs=tmp_path / "runs")
+    row = big_log.run(args)
+    assert list(row["steps"]) == list(big_log.STEPS)
+    assert all(said["seconds"] > 0 and said["peak_bytes"] > 10e6 for said in row["steps"].values())
+    assert (row["users"], row["rows"]) == (30, 3_000)
+    assert not (tmp_path / "log").exists()
+    table = next((tmp_path / "runs").glob("big_log_*/table.md")).read_text()
+    assert "| `envs_data.own_log.prepare` |" in table
+    assert big_log.run(args) == json.loads(json.dumps(row))
+
+
+def test_a_step_that_fails_is_named(tmp_path):
+    args = big_log.Args(rows=100, folder=tmp_path / "nothing", runs=tmp_path)
+    with pytest.raises(RuntimeError, match="the step 'encode' of the big log failed"):
+        big_log.measured(args, "encode")
