@@ -23,6 +23,7 @@ from experiments.throughput_measure import (
 )
 from experiments.throughput_work import env_work, ppo_flops
 from metarec_gym.envs.vector_env import MetaRecVectorEnv
+from tests.pretend_graph import pretend_gpu
 
 SMALL = RandomWorld(
     n_items=120, n_users=8, starts_per_user=2, horizon=6, history=5, n_strategies=3, dim=8, hidden=8, rank=4
@@ -277,3 +278,15 @@ def test_the_quick_run_measures_and_writes_its_page(tmp_path):
     assert all(row["steps_per_s"]["median"] > 0 for row in found["parts"].values())
     page = next(tmp_path.glob("throughput_cpu_*/throughput.md")).read_text()
     assert "# Throughput" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["step", "eager", "graph"])
+@pytest.mark.parametrize("kind", ["env", "policy", "ppo"])
+def test_what_is_measured_on_a_gpu_runs_on_a_pretended_one(leaving_world, monkeypatch, kind, mode):
+    monkeypatch.setattr(throughput_measure, "make_world", lambda setting: leaving_world)
+    with pretend_gpu(monkeypatch) as device:
+        setting = Setting("x", kind, num_envs=8, mode=mode, device=device, windows=2, window_s=0.01, minibatch_size=48)
+        found = throughput_measure.run_part(setting)
+    assert found["steps_per_s"]["median"] > 0
+    assert found["facts"]["mode"] == mode
