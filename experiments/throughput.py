@@ -235,7 +235,6 @@ def run(args: Args) -> dict[str, Any]:
     """Measures everything that is missing and writes `result.json`, the plots and the page.
 
     Raises:
-        ValueError: When a GPU is asked for and there is none.
         FileNotFoundError: When there is no world at `args.world`.
     """
     from experiments.throughput_page import write_page
