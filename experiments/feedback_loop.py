@@ -118,7 +118,7 @@ class _Loop:
         import pandas as pd
 
         from metarec_gym.evaluation.deployment import staying
-        from metarec_gym.response.model import ResponseConfig
+        from metarec_gym.response.config import ResponseConfig
         from metarec_gym.world import World
 
         if not (out / "world.json").is_file():

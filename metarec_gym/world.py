@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from metarec_gym.data.interactions import InteractionLog
     from metarec_gym.recommenders.base import Strategy
-    from metarec_gym.response.model import ResponseConfig
+    from metarec_gym.response.config import ResponseConfig
 
 WORLD_SCHEMA = 3
 FOLDS = ("A", "B")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from metarec_gym.data.sessions import SessionGap
     from metarec_gym.recommenders.base import Strategy
     from metarec_gym.recommenders.pool import Pool
-    from metarec_gym.response.model import ResponseConfig
+    from metarec_gym.response.config import ResponseConfig
 
 MAX_CATALOGUE_SHARE = 0.1
 """A horizon is sound while at most this share of the catalogue is shown: long episodes would deplete it."""
@@ -140,7 +140,7 @@ class Builder:
 
     def _judges_of(self, dataset: Dataset) -> list[tuple[str, ResponseConfig]]:
         """Name and settings of each judge of a fold, the main one first."""
-        from metarec_gym.response.model import SECOND_FAMILY, ResponseConfig
+        from metarec_gym.response.config import SECOND_FAMILY, ResponseConfig
 
         main = self.response_config or ResponseConfig()
         judges: list[tuple[str, ResponseConfig]] = [("main", main)]
@@ -346,7 +346,7 @@ class Builder:
     def _period_starts(self, dataset: Dataset) -> Tensor:
         if self.response == "logged":
             return torch.zeros(1, dtype=torch.float64)
-        from metarec_gym.response.model import period_starts
+        from metarec_gym.response.rows import period_starts
 
         starts: Tensor = period_starts(dataset)
         return starts

@@ -22,7 +22,7 @@ from metarec_gym.response.frozen import FrozenResponse
 
 if TYPE_CHECKING:
     from metarec_gym.data.dataset import Dataset
-    from metarec_gym.response.model import ResponseConfig
+    from metarec_gym.response.config import ResponseConfig
 
 Fitted = tuple[FrozenResponse, dict[str, Any]]
 

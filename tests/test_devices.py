@@ -20,8 +20,8 @@ from metarec_gym.envs.tune import TuneVectorEnv
 from metarec_gym.policy import MlpPolicy, load_policy
 from metarec_gym.recommenders import Pool
 from metarec_gym.recommenders.sequential import SasRec
+from metarec_gym.response.config import SECOND_FAMILY, ResponseConfig
 from metarec_gym.response.fitting import fit_response, fit_variant
-from metarec_gym.response.model import SECOND_FAMILY, ResponseConfig
 from metarec_gym.world import World
 from tests.pretend_device import FarTensor, pretend_device
 

@@ -10,18 +10,11 @@ import torch
 from metarec_gym.data import FOLD_A, FOLD_B, Dataset, encode, synthetic_log
 from metarec_gym.data.interactions import InteractionLog
 from metarec_gym.response.baselines import Factorization
+from metarec_gym.response.config import SECOND_FAMILY, ResponseConfig
 from metarec_gym.response.fitting import fit_response, fit_variant
 from metarec_gym.response.frozen import FrozenResponse
-from metarec_gym.response.model import (
-    SECOND_FAMILY,
-    ResponseConfig,
-    Rows,
-    category_exposure,
-    item_space,
-    period_of,
-    period_starts,
-    prefix_inputs,
-)
+from metarec_gym.response.item_space import item_space, prefix_inputs
+from metarec_gym.response.rows import Rows, category_exposure, period_of, period_starts
 from metarec_gym.seeding import torch_generator
 
 SMALL = ResponseConfig(
@@ -185,7 +178,7 @@ def test_sorted_keys_and_the_dense_table_agree_on_what_was_seen(dataset: Dataset
     rows = Rows.of(dataset, dataset.users_in(FOLD_A)[:20])
     items = torch.arange(dataset.n_items)
     dense = rows.seen(rows.user, rows.rank, items)
-    monkeypatch.setattr("metarec_gym.response.model._DENSE_CELLS", 0)
+    monkeypatch.setattr("metarec_gym.response.rows._DENSE_CELLS", 0)
     assert torch.equal(rows.seen(rows.user, rows.rank, items), dense)
     assert torch.equal(dense.sum(dim=1), rows.rank)
 

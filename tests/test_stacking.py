@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from metarec_gym.data import FOLD_A, Dataset, encode, synthetic_log
+from metarec_gym.response.config import ResponseConfig
 from metarec_gym.response.fitting import fit_response, fit_variant
 from metarec_gym.response.frozen import FrozenResponse
-from metarec_gym.response.model import Network, ResponseConfig
+from metarec_gym.response.network import Network
 from metarec_gym.response.stacking import Stack, fit_stack, user_weight
 from metarec_gym.seeding import torch_generator
 

@@ -12,8 +12,8 @@ from metarec_gym import world_building
 from metarec_gym.data import FOLD_A, FOLD_B, InteractionLog, encode, synthetic_log
 from metarec_gym.envs import MetaRecVectorEnv
 from metarec_gym.recommenders.sequential import SasRec
+from metarec_gym.response.config import ResponseConfig
 from metarec_gym.response.frozen import LoggedResponse
-from metarec_gym.response.model import ResponseConfig
 from metarec_gym.world import World, WorldError, erase_user
 from metarec_gym.world_judges import JudgeJob, fit_judge, fit_judges
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarec_gym.response.model import Rows, outcome_level
+from metarec_gym.response.network import outcome_level
+from metarec_gym.response.rows import Rows
 from metarec_gym.seeding import torch_generator
 
 _BLOCK_ROWS = 4_096

@@ -39,23 +39,12 @@ from metarec_gym.response.calibration import (
     reliability,
     solve_shift,
 )
+from metarec_gym.response.config import ResponseConfig, inner_folds_of
 from metarec_gym.response.effects import ChoiceData, Effects, cholesky_factor, fit_effects
 from metarec_gym.response.frozen import DYNAMIC_FEATURES, FrozenResponse, untimed
-from metarec_gym.response.model import (
-    MAX_SLATE,
-    STATIC_FEATURES,
-    ItemSpace,
-    Network,
-    ResponseConfig,
-    Rows,
-    chosen_categories,
-    fit_network,
-    inner_folds_of,
-    item_space,
-    outcome_level,
-    prefix_inputs,
-    shown_logit,
-)
+from metarec_gym.response.item_space import STATIC_FEATURES, ItemSpace, chosen_categories, item_space, prefix_inputs
+from metarec_gym.response.network import Network, fit_network, outcome_level, shown_logit
+from metarec_gym.response.rows import MAX_SLATE, Rows
 from metarec_gym.response.stacking import Stack, fit_stack
 from metarec_gym.seeding import numpy_rng, stream, torch_generator
 

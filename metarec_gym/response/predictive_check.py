@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from metarec_gym.response.frozen import FrozenResponse
-from metarec_gym.response.model import period_of, period_starts
+from metarec_gym.response.rows import period_of, period_starts
 from metarec_gym.seeding import stream, torch_generator
 
 if TYPE_CHECKING:

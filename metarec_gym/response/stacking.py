@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from metarec_gym.response.model import Network
+    from metarec_gym.response.network import Network
 
 ALIKE = 0.2
 """How alike the answers of one user are, as an intraclass correlation: users' own rates differ by a standard deviation of 0.9 to
