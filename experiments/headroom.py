@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from metarec_gym.evaluation.headroom import Headroom
     from metarec_gym.world import World
 
-PLAY_CODE = (*ENV_CODE, *(f"metarec_gym/evaluation/{name}.py" for name in ("rollout", "references", "headroom")))
+PLAY_CODE = (*ENV_CODE, *(f"metarec_gym/evaluation/{name}" for name in ("rollout.py", "references.py", "headroom")))
 """Code that decides what a play returns."""
 
 

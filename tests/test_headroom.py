@@ -9,19 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from metarec_gym.evaluation import headroom as room
 from metarec_gym.evaluation.headroom import (
+    FOLDS,
     EvalSettings,
     FoldPlays,
     Headroom,
     choose_sched,
     describe_timed_rule,
     fit_length_rule,
+    found,
     horizons_of,
     measure_headroom,
     played_throughout,
 )
-from metarec_gym.evaluation.rollout import Fixed, Greedy, LengthRule, Rotation, RowRule, Schedule, rollout
+from metarec_gym.evaluation.headroom import measure as room
+from metarec_gym.evaluation.rollout import Fixed, Greedy, LengthRule, Rotation, RowRule, Schedule, Window, rollout
 from metarec_gym.evaluation.verdict import JUST_USE, decide
 from metarec_gym.policy import FixedPolicy
 from metarec_gym.seeding import stream
@@ -79,7 +81,7 @@ def test_look_ahead_is_paired_with_the_greedy_plays_of_the_same_start_states(
     leaving: Headroom, leaving_world: World
 ) -> None:
     assert leaving.look is not None
-    for fold in room.FOLDS:
+    for fold in FOLDS:
         starts = leaving.look.look[fold].start_state
         assert len(np.unique(leaving.look.look[fold].user)) == len(starts) == 3
         again = rollout(
@@ -101,7 +103,7 @@ def test_environment_settings_reach_every_play_and_name_other_tasks(
     assert all("_env" in file.name for file in tmp_path.glob("*.npz"))
     assert halved.to_json()["env"] == {"base_rate_factor": 0.5}
     at = leaving.headline
-    for fold in room.FOLDS:
+    for fold in FOLDS:
         assert (halved.folds[fold].fixed[..., at] < leaving.folds[fold].fixed[..., at]).all()
         assert halved.greedy[fold].value.mean() < leaving.greedy[fold].value.mean()
         assert halved.fir[fold].value.mean() < leaving.fir[fold].value.mean()
@@ -129,7 +131,7 @@ def test_identical_strategies_leave_nothing_to_win() -> None:
 
 def test_sbs_as_a_policy_and_the_stored_oracle_replay_bit_for_bit(leaving_world: World) -> None:
     found = _measure(leaving_world, dataclasses.replace(BLIND, horizon=6))
-    for test in room.FOLDS:
+    for test in FOLDS:
         common = {
             "contexts": found.contexts[test],
             "replicates": found.played,
@@ -160,7 +162,7 @@ def test_the_oracle_is_scored_on_the_half_it_did_not_choose_on() -> None:
     assert choice[0, :, 0].tolist() == [0, 1]
     found = Headroom(
         ("a", "b"),
-        (room.Window.until(1), room.Window.last_tenth(1)),
+        (Window.until(1), Window.last_tenth(1)),
         2,
         4,
         {},
@@ -189,7 +191,7 @@ def test_a_strategy_out_of_the_race_is_never_chosen_and_missing_replicates_do_no
     raced = np.array([[[1.0, 9.0], [1.0, 9.0], [np.nan, np.nan], [np.nan, np.nan]]])
     raced = np.stack([raced, raced], axis=3)
     assert room.choose(raced, np.array([[True, False]]), 0)[0, :, 0].tolist() == [0, 0]
-    assert room._mean_replicates(raced)[0, :, 0].tolist() == [1.0, 9.0]
+    assert found.mean_replicates(raced)[0, :, 0].tolist() == [1.0, 9.0]
 
 
 def test_dropping_strategies_early_changes_the_oracle_little(
@@ -335,7 +337,7 @@ def test_processes_give_the_numbers_of_one_process(leaving_world: World, tmp_pat
         "world": folder,
         "fold": "A",
         "contexts": leaving_world.starts_of("A").tolist(),
-        "windows": (room.Window.until(4),),
+        "windows": (Window.until(4),),
         "horizon": 4,
         "noise_base": 0,
         "replicates": 2,
