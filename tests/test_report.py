@@ -24,6 +24,7 @@ from metarec_gym.evaluation.leaderboard import (
     text_table,
 )
 from metarec_gym.evaluation.report import ReportData, render
+from metarec_gym.evaluation.report.parts import unbroken
 from metarec_gym.evaluation.rollout import Played, Player, rollout
 from metarec_gym.evaluation.verdict import decide
 from metarec_gym.policy import FixedPolicy, MlpPolicy, UniformPolicy
@@ -147,7 +148,7 @@ def test_the_report_holds_the_explanation_of_a_trained_policy_or_says_how_to_get
     assert title in page
     assert command not in page
     assert "One of the trained policies: ppo, seed 3." in page
-    assert html.escape(explained["verdict"]) in page
+    assert unbroken(html.escape(explained["verdict"])) in page
     assert not re.search(r'(src|href)="(?!#)', re.sub(r'xmlns(:xlink)?="[^"]*"', "", page))
 
 
@@ -200,3 +201,7 @@ def test_cards_of_world_and_log_are_shown(tiny_world: World, headroom: Headroom,
     page = _page(dataclasses.replace(tiny_world, info=info), headroom, rows)
     for text in ("CC0", "the user took it", "duplicate rows", "1,200", "0.5123", "posterior predictive"):
         assert text in page
+
+
+def test_an_interval_is_never_broken_across_lines():
+    assert unbroken("+10.3 % [+9.1, +11.5] and [a, b]") == "+10.3 % [+9.1,\u00a0+11.5] and [a, b]"

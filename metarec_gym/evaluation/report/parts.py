@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metarec_gym.evaluation.intervals import Interval
+
+
+_INTERVAL = re.compile(r"\[([+-]?[\d.]+), ([+-]?[\d.]+)\]")
 
 
 def document(title: str, blocks: Sequence[str]) -> str:
@@ -17,8 +21,13 @@ def document(title: str, blocks: Sequence[str]) -> str:
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<style>{STYLE}</style></head><body><main>\n" + "\n".join(blocks) + "\n</main></body></html>\n"
+        f"<style>{STYLE}</style></head><body><main>\n" + unbroken("\n".join(blocks)) + "\n</main></body></html>\n"
     )
+
+
+def unbroken(text: str) -> str:
+    """The same with no line break inside an interval: its comma is followed by a no-break space."""
+    return _INTERVAL.sub("[\\1,\u00a0\\2]", text)
 
 
 def escape(text: object) -> str:
@@ -110,7 +119,7 @@ STYLE = (
     f"@media(prefers-color-scheme:dark){{:root{{{_DARK}}}}}"
     "*{box-sizing:border-box}"
     "body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,'Segoe UI',sans-serif}"
-    "main{max-width:1340px;margin:0 auto;padding:28px 20px 60px}"
+    "main{max-width:1440px;margin:0 auto;padding:28px 20px 60px}"
     "header,section{background:var(--card);border:1px solid var(--faint);border-radius:10px;padding:18px 22px;margin:0 0 18px}"
     "h1{font-size:27px;line-height:1.25;margin:6px 0 10px}h2{font-size:18px;margin:0 0 8px}h3{font-size:15px;margin:18px 0 6px}"
     "h1.good{color:var(--good)}h1.calm{color:var(--calm)}h1.open{color:var(--open)}"
@@ -118,7 +127,8 @@ STYLE = (
     "p{margin:6px 0 10px;max-width:92ch}.lead{font-size:16px}.over,small,figcaption,.note{color:var(--soft)}"
     ".wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px;margin:6px 0}"
     "th,td{text-align:left;padding:4px 10px 4px 0;border-bottom:1px solid var(--faint);vertical-align:top}"
-    "th{color:var(--soft);font-weight:600}.board{font-size:12px}.board td,.board th{padding-right:8px;white-space:nowrap}"
+    "th{color:var(--soft);font-weight:600}.board{font-size:12px}.board td,.board th{padding-right:8px}"
+    ".board td{white-space:nowrap}"
     ".board td:first-child{min-width:170px}"
     ".board small{display:inline-block;white-space:normal;max-width:200px;line-height:1.25}"
     ".up{color:var(--good)}.down{color:var(--bad)}td i{color:var(--soft)}"
