@@ -154,9 +154,10 @@ def _run_world(args: Args) -> dict[str, Any]:
     partial = folder.path / "exposures.parquet.partial"
     table.to_parquet(partial)
     partial.replace(folder.path / "exposures.parquet")
+    visits = f"{args.visits} visit" + ("s" if args.visits > 1 else "")
     source = {
         "world": f"{world.name}, hash {world.hash}, judge {world.judge(args.fold, args.judge).hash}",
-        "users": f"fold {args.fold}, {args.visits} visits each; planned on fold {test.past_fold}",
+        "users": f"fold {args.fold}, {visits} each; planned on fold {test.past_fold}",
         "requests": f"{test.pre} before (served by the control), {test.horizon} in the test",
         "assignment": f"BLAKE2b of salt {args.salt!r} and visitor, traffic {test.weights}",
         "seed": str(args.seed),

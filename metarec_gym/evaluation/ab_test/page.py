@@ -215,7 +215,7 @@ def _monitoring(report: TestReport) -> list[str | Table]:
         at = path.decided_at()
         end = f"{path.effect[-1]:+.4f} [{path.low[-1]:+.4f}, {path.high[-1]:+.4f}]"
         if not np.isfinite(path.effect[-1]):
-            end = f"too few users for bounds ({path.users[-1]:,})"
+            end = f"too few users for bounds ({path.users[-1]:,.0f})"
         conversion = report.conversions.get(arm)
         row = [arm, "not decided" if at is None else f"after {at:,} users", end, f"{path.p_value[-1]:.2g}"]
         rows.append([*row, "-" if conversion is None else f"{conversion:.2g}"])
