@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiments.run_folder import RunFolder, code_hash, write_atomic
 
@@ -25,7 +26,8 @@ BLOCK = 1_000_000
 """Rows drawn at a time."""
 FIRST_S = 1_600_000_000
 SPAN_S = 365 * 86_400
-STEPS = ("draw", "prepare", "encode", "sample")
+Step = Literal["draw", "prepare", "encode", "sample"]
+STEPS: tuple[Step, ...] = ("draw", "prepare", "encode", "sample")
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,13 @@ class Args:
     sample: int = 5_000
     """Users that are drawn from the log, as `experiments.build_world --users` draws them."""
     folder: Path = Path("runs/big_log")
-    """Where the log is written: about 100 bytes of disk an event while it is prepared, 35 at the end; the CSV is removed."""
+    """Where the log is written: about 100 bytes of disk an event while it is prepared. What is written there is removed at the
+    end, and nothing else."""
     seed: int = 0
     """Seed of the events and of the sample."""
     keep: bool = False
-    """Leaves the log in the folder."""
-    step: str | None = None
+    """Leaves the prepared log, its tensors and the sample in the folder; the CSV goes in any case."""
+    step: Step | None = None
     """One step alone, in this process; for the program itself."""
     runs: Path = Path("runs")
     """Folder of all runs."""
@@ -124,7 +127,18 @@ def log_of(args: Args) -> Path:
     return args.folder / "log"
 
 
-def measured(args: Args, step: str) -> dict[str, Any]:
+def peak_bytes() -> int:
+    """Largest resident size of this process since it began."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # unlike ru_maxrss, it does not begin at the size of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    # Linux counts kilobytes, macOS bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def measured(args: Args, step: Step) -> dict[str, Any]:
     """Runs one step in a process of its own.
 
     Returns:
@@ -142,8 +156,9 @@ def measured(args: Args, step: str) -> dict[str, Any]:
     _, status, usage = os.wait4(child.pid, 0)
     if status != 0:
         raise RuntimeError(f"the step {step!r} of the big log failed with status {status}; its message stands above")
-    # Linux counts kilobytes, macOS bytes
-    peak = usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    said = args.folder / f"{step}.peak"
+    peak = int(said.read_text())
+    said.unlink()
     return {
         "seconds": time.perf_counter() - begun,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
@@ -162,6 +177,7 @@ def run(args: Args) -> dict[str, Any]:
     """
     if args.step is not None:
         {"draw": draw, "prepare": prepare, "encode": encode, "sample": sample}[args.step](args)
+        write_atomic(args.folder / f"{args.step}.peak", str(peak_bytes()))
         return {}
     facts = {"kind": "big_log", "rows": args.rows, "users": users_of(args), "items": args.items}
     facts |= {"sample": args.sample, "seed": args.seed, "code": code_hash(CODE)}
@@ -182,7 +198,10 @@ def run(args: Args) -> dict[str, Any]:
     }
     source_of(args).unlink()
     if not args.keep:
-        shutil.rmtree(args.folder)
+        for written in (log_of(args), args.folder / "tensors", args.folder / "sampled"):
+            shutil.rmtree(written)
+        if not any(args.folder.iterdir()):
+            args.folder.rmdir()
     row = folder.finish({**facts, **sizes, "steps": found, "device": "cpu", "cores": os.cpu_count()})
     write_atomic(folder.path / "table.md", table(row) + "\n")
     print(table(row))

@@ -23,6 +23,8 @@ CODE = (
     "metarec_gym/response",
     "metarec_gym/world.py",
     "metarec_gym/world_building.py",
+    "metarec_gym/world_judges.py",
+    "metarec_gym/devices.py",
 )
 
 
@@ -101,7 +103,7 @@ def run(args: Args) -> dict[str, Any]:
     settings |= {"session_gap_s": args.session_gap, "strategies": [strategy.fingerprint() for strategy in pool]}
     facts: dict[str, Any] = {"kind": "world", "log": log.hash, "settings": settings, "code": code_hash(CODE)}
     if args.device != "cpu":
-        facts["device"] = args.device
+        facts["device"] = args.device.split(":")[0]
     folder = RunFolder(args.runs, f"world_{log.name}", facts)
     done = folder.result()
     if done is not None and not args.force and (args.out / "world.json").is_file():

@@ -49,7 +49,7 @@ class Args:
     world: Path | None = None
     """Folder of the world; None = random tables of the size of MovieLens-100K."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """cpu, cuda, or auto, which takes a GPU where there is one."""
     quick: bool = False
     """Small batches and short windows: whether everything runs, not how fast."""
     window_s: float = 2.0
@@ -277,7 +277,7 @@ def parse(argv: list[str] | None = None) -> Args:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--world", type=Path, help="folder of the world; random tables if absent")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, or auto (a GPU where there is one)")
     parser.add_argument("--quick", action="store_true", help="whether everything runs, not how fast")
     parser.add_argument("--window-s", type=float, default=2.0, help="seconds of a window")
     parser.add_argument("--windows", type=int, default=5, help="windows of each part, at least 5")

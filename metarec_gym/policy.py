@@ -174,13 +174,19 @@ class MlpPolicy(StatelessPolicy):
             )
         if (chooses == "blend") != (log_std is not None):
             raise ValueError("a blend, and nothing else, needs log_std (K,): the log deviation of each weight")
-        self.layers = [(w.detach().to(torch.float32), b.detach().to(torch.float32)) for w, b in layers]
+        # one device for all of it: that of the first layer
+        device = layers[0][0].device
+
+        def own(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device, torch.float32)
+
+        self.layers = [(own(w), own(b)) for w, b in layers]
         self.strategies = tuple(strategies)
         obs_dim = self._obs_dim()
-        self.obs_mean = torch.zeros(obs_dim) if obs_mean is None else obs_mean.detach().to(torch.float32)
-        self.obs_scale = torch.ones(obs_dim) if obs_scale is None else obs_scale.detach().to(torch.float32)
+        self.obs_mean = torch.zeros(obs_dim, device=device) if obs_mean is None else own(obs_mean)
+        self.obs_scale = torch.ones(obs_dim, device=device) if obs_scale is None else own(obs_scale)
         self.obs_clip, self.chooses, self.places = obs_clip, chooses, places
-        self.log_std = None if log_std is None else log_std.detach().to(torch.float32)
+        self.log_std = None if log_std is None else own(log_std)
         self.meta = dict(meta or {})
 
     def _obs_dim(self) -> int:
@@ -259,7 +265,8 @@ class MlpPolicy(StatelessPolicy):
     def choose(self, obs: Tensor, action_mask: Tensor | None = None) -> list[str]:
         """Names of the most probable strategies; obs (num_rows, obs_dim) or (obs_dim,). Only for `select`."""
         rows = obs if obs.ndim == 2 else obs[None]
-        mask = torch.ones(rows.shape[0], len(self.strategies), dtype=torch.bool) if action_mask is None else action_mask
+        everything = torch.ones(rows.shape[0], len(self.strategies), dtype=torch.bool, device=rows.device)
+        mask = everything if action_mask is None else action_mask
         return [self.strategies[i] for i in self.action_probs(rows, mask).argmax(dim=1).tolist()]
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -335,7 +342,8 @@ class GruPolicy(MlpPolicy):
         strategies: tuple[str, ...],
         **settings: Any,
     ) -> None:
-        weight_ih, weight_hh, bias_ih, bias_hh = (tensor.detach().to(torch.float32) for tensor in memory)
+        device = layers[0][0].device if layers else None
+        weight_ih, weight_hh, bias_ih, bias_hh = (tensor.detach().to(device, torch.float32) for tensor in memory)
         self.memory = weight_ih, weight_hh, bias_ih, bias_hh
         super().__init__(layers, strategies, **settings)
         self.state = torch.zeros(0, self.size)

@@ -28,7 +28,8 @@ class LstmPolicy(MlpPolicy):
     def __init__(
         self, cell: Cell, layers: list[tuple[Tensor, Tensor]], strategies: tuple[str, ...], **settings: Any
     ) -> None:
-        weight_ih, weight_hh, bias_ih, bias_hh = (tensor.detach().to(torch.float32) for tensor in cell)
+        device = layers[0][0].device if layers else None
+        weight_ih, weight_hh, bias_ih, bias_hh = (tensor.detach().to(device, torch.float32) for tensor in cell)
         self.cell: Cell = weight_ih, weight_hh, bias_ih, bias_hh
         super().__init__(layers, strategies, **settings)
         self._state: tuple[Tensor, Tensor] | None = None

@@ -416,16 +416,20 @@ class World:
             session_gap_s: Longest pause inside a session in seconds, for logs without session ids; None fits it from the times
                 between events.
             workers: Processes that fit judges side by side; more than 1 needs a script that guards its main part.
-            device: Where strategies that learn with torch and the judges are fitted and the lists ranked; the world itself is on
-                the CPU. A world built on another device is another world: kernels round otherwise.
+            device: Where strategies that learn with torch and the judges are fitted and the lists ranked: `cpu`, `cuda`, or
+                `auto`, which takes a GPU where there is one; the world itself is on the CPU, and its metrics say where it was
+                built. On another device kernels round otherwise: it is another world. On CUDA some add in no fixed order, so two
+                builds may differ in their last bits.
 
         Returns:
             The world, saved to `out` when that is given.
 
         Raises:
+            ValueError: When the device is not there.
             WorldError: When the log is too small to split, the horizon is longer than the catalogue allows, or answers cannot be
                 looked up because most pairs were never observed.
         """
+        from metarec_gym.devices import device_of
         from metarec_gym.world_building import Builder
 
         return Builder(
@@ -444,7 +448,7 @@ class World:
             response=response,
             session_gap_s=session_gap_s,
             workers=workers,
-            device=device,
+            device=device_of(device),
         ).build()
 
     @classmethod

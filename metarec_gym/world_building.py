@@ -85,6 +85,7 @@ class Builder:
         # the check's size does not grow with the log: it stays on the CPU
         pool.to("cpu")
         metrics: dict[str, Any] = {
+            "device": self.device,
             "judges": judge_metrics,
             "engaged_p90": float(torch.quantile(engaged, 0.9)),
             "users_by_fold": {"S": len(users_s), "A": len(users_a), "B": len(users_b)},
@@ -407,9 +408,9 @@ def _code_hash() -> str:
     """Hash of the code that fits: a stage kept by other code is not taken for finished."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for room in ("data", "recommenders", "response"):
-        for file in sorted((here / room).glob("*.py")):
-            digest.update(file.read_bytes())
+    rooms = [sorted((here / room).glob("*.py")) for room in ("data", "recommenders", "response")]
+    for file in [*(file for room in rooms for file in room), here / "devices.py", here / "world_judges.py"]:
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 

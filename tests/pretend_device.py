@@ -8,6 +8,7 @@ GPU's rounding; `pretend_graph` records graphs on it.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -26,6 +27,8 @@ _CPU_INDEX_ALLOWED = {
     _aten._index_put_impl_.default,
 }
 """CUDA's tensors may be indexed by the CPU's."""
+RAN: Counter[str] = Counter()
+"""How often each operation ran on the device; emptied when a pretence begins."""
 RECORDERS: list[Any] = []
 """The last one runs every operation on the device instead; see `pretend_graph`."""
 
@@ -69,6 +72,7 @@ def pretend_device() -> Iterator[str]:
     torch.testing.assert_close = lambda *args, **kwargs: assert_close(*tree_map(_near, args), **kwargs)
     # tensors of inference mode refuse to be wrapped; what they compute is the same
     torch.inference_mode = lambda mode=True: torch.no_grad() if mode else contextlib.nullcontext()
+    RAN.clear()
     try:
         with _Constants(), _Operations():
             yield DEVICE
@@ -152,6 +156,8 @@ def _run(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
     if asked is not None and torch.device(asked).type == DEVICE:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     owner = {id(leaf.near): leaf for leaf in far}
+    if result_is_far:
+        RAN[str(func).removeprefix("aten.").partition(".")[0]] += 1
     near_args, near_kwargs = tree_map(_near, args), tree_map(_near, dict(kwargs))
     if RECORDERS:
         out = RECORDERS[-1](func, near_args, near_kwargs, crosses=moves and result_is_far != _all_far(leaves))
@@ -168,10 +174,13 @@ def _run(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
 
 
 def _check_together(func: Callable[..., Any], args: Any, leaves: list[Tensor]) -> None:
-    """CUDA's rule: all tensors on one device, but for numbers (no dimension) and indices of the CPU."""
+    """CUDA's rule: all on one device, but for indices of the CPU, and numbers (no dimension) in elementwise operations."""
     if func in _CPU_INDEX_ALLOWED and isinstance(args[0], FarTensor):
-        leaves = [leaf for leaf in leaves if leaf.dtype not in (torch.int64, torch.bool)]
-    strangers = [leaf for leaf in leaves if not isinstance(leaf, FarTensor) and leaf.dim() > 0]
+        leaves = [leaf for leaf in tree_flatten((args[0], args[2:]))[0] if isinstance(leaf, Tensor)]
+    elementwise = torch.Tag.pointwise in func.tags or func is _aten.fill_.Tensor
+    writes_near = func._schema.is_mutable and isinstance(args[0], Tensor) and not isinstance(args[0], FarTensor)
+    allowed = elementwise and not writes_near
+    strangers = [leaf for leaf in leaves if not isinstance(leaf, FarTensor) and not (allowed and leaf.dim() == 0)]
     if strangers:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, meta and cpu, in {func}: "

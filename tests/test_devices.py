@@ -23,7 +23,7 @@ from metarec_gym.recommenders.sequential import SasRec
 from metarec_gym.response.config import SECOND_FAMILY, ResponseConfig
 from metarec_gym.response.fitting import fit_response, fit_variant
 from metarec_gym.world import World
-from tests.pretend_device import FarTensor, pretend_device
+from tests.pretend_device import RAN, FarTensor, pretend_device
 
 QUICK = ResponseConfig(
     dim=8,
@@ -76,6 +76,21 @@ def test_a_tensor_left_on_the_cpu_is_noticed(device):
             wrong()
     with pytest.raises(RuntimeError, match="numpy"):
         rows.numpy()
+
+
+def test_what_cuda_allows_in_an_index_or_an_elementwise_operation_is_not_allowed_elsewhere(device):
+    far, one, here = torch.arange(4, device=device), torch.tensor(1, device=device), torch.tensor(1)
+
+    def written():
+        far[torch.tensor([0, 1], device=device)] = torch.tensor([5, 6])
+
+    def added():
+        nonlocal here
+        here += one
+
+    for wrong in (written, added, lambda: torch.stack([one, here]), lambda: torch.index_select(far, 0, here)):
+        with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+            wrong()
 
 
 def test_a_number_an_index_of_the_cpu_and_a_move_are_allowed_as_on_cuda(device):
@@ -191,7 +206,17 @@ def test_a_loaded_policy_follows_the_observations(device, leaving_world, tmp_pat
             policy = load_policy(path)
             policy.begin(3, where)
             answers.append(policy.action_probs(obs.to(where), mask.to(where)).cpu())
+            assert len(policy.choose(obs.to(where))) == 3
         assert torch.equal(*answers)
+
+
+def test_a_policy_made_of_another_devices_layers_is_on_one_device(device):
+    layers = [(torch.ones(2, 3, device=device), torch.zeros(2, device=device))]
+    policy = MlpPolicy(layers, ("a", "b"), obs_scale=torch.full((3,), 2.0))
+    assert {tensor.device.type for tensor in policy._tensors().values()} == {device}
+    for where in (device, "cpu", device):
+        probs = policy.action_probs(torch.ones(1, 3, device=where), torch.ones(1, 2, dtype=torch.bool, device=where))
+        assert probs.cpu().tolist() == [[0.5, 0.5]]
 
 
 LEARNERS = {
@@ -264,6 +289,8 @@ def test_strategies_are_fitted_on_another_device(device, dataset):
         Pool.fit(dataset, users, seed=0, names=[*SHORT_POOL, "als"], device=where) for where in ("cpu", device)
     )
     assert there.device.type == "cpu"
+    # EASE and SASRec were computed there, not moved there
+    assert all(RAN[name] > 0 for name in ("linalg_cholesky_ex", "cholesky_inverse", "embedding_dense_backward"))
     for one, other in zip(here, there, strict=True):
         for key, value in one.state_dict().items():
             assert torch.equal(value, other.state_dict()[key]), (one.name, key)
@@ -281,6 +308,8 @@ def test_judges_are_fitted_on_another_device(device, dataset, shown, log, family
         for where in ("cpu", device)
     ]
     assert judges[0][0].hash == judges[1][0].hash
+    # gradient steps and the users' random effects
+    assert all(RAN[name] > 0 for name in ("_foreach_addcdiv_", "embedding_dense_backward", "_linalg_solve_ex"))
     held = [metrics["outcomes"][data.outcomes[0]]["heldout"] for _, metrics in judges]
     assert held[0] == held[1]
 
@@ -291,15 +320,25 @@ def test_a_variant_of_a_judge_is_fitted_on_another_device(device, dataset):
     config = replace(QUICK, sampler="uniform")
     here, there = (fit_variant(dataset, users, *base, seed=1, config=config, device=w)[0] for w in ("cpu", device))
     assert here.hash == there.hash
+    assert RAN["_foreach_addcdiv_"] > 0
 
 
 def test_a_world_is_built_on_another_device(device):
     log = synthetic_log(0, n_users=60, n_items=100, events_per_user=(6, 20))[0]
     settings = {"pool": SHORT_POOL, "progress": False, "replicas": 0, "response_config": QUICK, "members": 1}
-    assert (
-        World.build(log, **settings, variants=False).hash
-        == World.build(log, **settings, variants=False, device=device).hash
-    )
+    here = World.build(log, **settings, variants=False)
+    RAN.clear()
+    there = World.build(log, **settings, variants=False, device=device)
+    assert here.hash == there.hash
+    assert (here.metrics["device"], there.metrics["device"]) == ("cpu", device)
+    # fits of strategies and judges, and the ranking of lists
+    assert all(RAN[name] > 0 for name in ("embedding_dense_backward", "_foreach_addcdiv_", "topk"))
+
+
+def test_a_world_is_not_built_on_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="'cuda' was asked for"):
+        World.build(synthetic_log(0, n_users=60, n_items=100)[0], device="cuda")
 
 
 @pytest.mark.gpu

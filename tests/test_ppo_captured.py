@@ -244,7 +244,7 @@ def test_a_learning_rate_that_is_a_tensor_is_changed_in_place():
     assert float(rate) == 0.125
 
 
-def test_on_a_gpu_auto_is_a_graph_and_learns_what_stepping_does(leaving_world, gpu):
+def test_on_a_gpu_replayed_graphs_learn_what_stepping_does(leaving_world, gpu):
     def trained(rollout: str) -> Any:
         run = training(leaving_world, env={"device": gpu}, rollout=rollout)
         for _ in range(5):

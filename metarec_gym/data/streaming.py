@@ -28,8 +28,8 @@ from metarec_gym.data.splits import assign_folds
 from metarec_gym.data.storage import file_sha256, hash_table, read_description
 from metarec_gym.seeding import stream
 
-_ROWS = 1_000_000
-"""Rows that are changed at a time."""
+_ROWS_SHIFTED = 1_000_000
+"""Rows whose place in the slate is counted from 0 at a time: mapped files are given back in between."""
 
 
 # ------------------------------------------------------------------------------------------------ content hash
@@ -165,8 +165,8 @@ def encode_folder(
             column.let_go()
     if place is not None and first_place != 0:
         # some logs count the first place as 1
-        for lo in range(0, rows, _ROWS):
-            place[lo : lo + _ROWS] -= first_place
+        for lo in range(0, rows, _ROWS_SHIFTED):
+            place[lo : lo + _ROWS_SHIFTED] -= first_place
             column.let_go()
     text, category, category_names, release = item_columns(items, np.asarray(item_ids, dtype=object).astype(str))
     return Dataset(

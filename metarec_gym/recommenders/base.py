@@ -144,9 +144,9 @@ class Strategy(torch.nn.Module, ABC):
     """A recommender as an action: a family (`kind`), frozen buffers, and `score`.
 
     A subclass fills in `_fit`, `_score`, `_flops` and, if its constructor takes more than a name, `_settings`; see also
-    `metarec_gym.recommenders.registry`. What all families share stands here, once: history items that fold S never met
-    are dropped (no strategy knows anything of them), a user without a usable history is served the most popular items,
-    and items that fold S never met come last.
+    `metarec_gym.recommenders.registry`. Tensors that `_score` reads are registered buffers, so that they move with the strategy.
+    What all families share stands here, once: history items that fold S never met are dropped (no strategy knows anything of
+    them), a user without a usable history is served the most popular items, and items that fold S never met come last.
 
     Args:
         name: Name in the pool.

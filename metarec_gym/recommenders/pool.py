@@ -73,10 +73,12 @@ class Pool:
 
         strategies = [make_strategy(name) for name in names]
         bind_all(strategies)
+        # a strategy of your own may have a `fit` that knows no device
+        where = {} if str(device) == "cpu" else {"device": device}
         with tqdm(total=len(strategies), desc="strategies", unit="strategy", disable=not progress) as bar:
             for strategy in strategies:
                 bar.set_postfix_str(strategy.name)
-                strategy.fit(dataset, users, seed=seed, device=device)
+                strategy.fit(dataset, users, seed=seed, **where)
                 bar.update()
         return cls(strategies)
 

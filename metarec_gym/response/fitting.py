@@ -144,7 +144,7 @@ def fit_variant(
         heldout_users: Users of another fold for the metrics.
         members: Networks of the variant; None = as many as `base` has.
         progress: As in `fit_response`.
-        device: As in `fit_response`; that of `base`, whose item vectors are compared to the last bit.
+        device: As in `fit_response`.
 
     Returns:
         As `fit_response`.
