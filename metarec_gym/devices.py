@@ -10,13 +10,14 @@ def device_of(word: str) -> str:
     """The device that `word` asks for, if it is there.
 
     Args:
-        word: `cpu`, `cuda`, `cuda:1` or any other device of torch; `auto` takes CUDA where there is a GPU and the CPU elsewhere.
+        word: `cpu`, `cuda` or `cuda:1`; `auto` takes CUDA where there is a GPU and the CPU elsewhere. Another device of torch is
+            taken where it holds float64, which fits need.
 
     Returns:
-        The name of a device; never `auto`.
+        The name of a device: `cpu` for every CPU, never `auto`.
 
     Raises:
-        ValueError: When it is no device of torch, or a GPU that is not there.
+        ValueError: When it is no device of torch, or one that is not there.
     """
     if word == "cpu":
         return word
@@ -35,6 +36,16 @@ def device_of(word: str) -> str:
             f"device {word!r} was asked for and torch {torch.__version__} {why}; use --device cpu, or --device auto, which takes "
             "a GPU where there is one"
         )
+    if device.type == "cpu":
+        return "cpu"
+    if device.type == "cuda":
+        return word
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).cpu()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"device {word!r} cannot hold float64 numbers with torch {torch.__version__}; expected auto, cpu, cuda or cuda:1"
+        ) from error
     return word
 
 

@@ -372,12 +372,12 @@ class GruPolicy(MlpPolicy):
         if len(self.state) != len(obs):
             raise ValueError(f"the memory has {len(self.state)} rows, obs {len(obs)}; call begin({len(obs)}) first")
         fed = self.normalised(obs)
-        return torch.cat([fed, gru_step(fed, self.state, self.memory)], dim=1)
+        return torch.cat([fed, gru_step(fed, self.state.to(obs.device), self.memory)], dim=1)
 
     def observe(self, obs: Tensor, action: Tensor, reward: Tensor, alive: Tensor) -> None:
         """Remembers the request just served; action and reward reach the memory with the next observation."""
-        moved = gru_step(self.normalised(obs), self.state, self.memory)
-        self.state = torch.where(alive[:, None], moved, self.state)
+        fed, state = self.normalised(obs), self.state.to(obs.device)
+        self.state = torch.where(alive[:, None], gru_step(fed, state, self.memory), state)
 
     def choose(self, obs: Tensor, action_mask: Tensor | None = None) -> list[str]:
         """Names of the most probable strategies at the start of an episode; obs (num_rows, obs_dim) or (obs_dim,)."""

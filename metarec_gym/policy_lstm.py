@@ -39,7 +39,7 @@ class LstmPolicy(MlpPolicy):
         return self.cell[0].shape[1]
 
     def to(self, device: torch.device | str) -> LstmPolicy:
-        """Moves the weights to `device`; returns self."""
+        """Moves the weights to `device`; returns self. The state follows the observations."""
         super().to(device)
         weight_ih, weight_hh, bias_ih, bias_hh = (tensor.to(device) for tensor in self.cell)
         self.cell = weight_ih, weight_hh, bias_ih, bias_hh
@@ -65,7 +65,7 @@ class LstmPolicy(MlpPolicy):
     def _remember(self, obs: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         fed = self.normalised(obs)
         weight_in, weight_hidden, bias_in, bias_hidden = self.cell
-        hidden, kept = state
+        hidden, kept = (part.to(obs.device) for part in state)
         gates = torch.nn.functional.linear(fed, weight_in, bias_in)
         gates = gates + torch.nn.functional.linear(hidden, weight_hidden, bias_hidden)
         i, f, g, o = gates.chunk(4, dim=1)

@@ -185,7 +185,7 @@ class Builder:
         asked = (
             *(self.log.hash, _code_hash(), torch.__version__, repr(self.response_config)),
             *(strategy.fingerprint() for strategy in self._strategies),
-            *(str(self.members), self.response, repr(self.session_gap_s), self.device),
+            *(str(self.members), self.response, repr(self.session_gap_s), self.device.split(":")[0]),
         )
         key = stream(self.seed, *asked)
         folder = Path(f"{self.out}.partial") / f"{key:016x}"

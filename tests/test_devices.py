@@ -17,7 +17,8 @@ from metarec_gym.data import FOLD_A, FOLD_B, FOLD_S, Dataset, encode, synthetic_
 from metarec_gym.devices import device_of
 from metarec_gym.envs import MetaRecVectorEnv, ReplayVectorEnv
 from metarec_gym.envs.tune import TuneVectorEnv
-from metarec_gym.policy import MlpPolicy, load_policy
+from metarec_gym.policy import GruPolicy, MlpPolicy, load_policy
+from metarec_gym.policy_lstm import LstmPolicy
 from metarec_gym.recommenders import Pool
 from metarec_gym.recommenders.sequential import SasRec
 from metarec_gym.response.config import SECOND_FAMILY, ResponseConfig
@@ -134,6 +135,10 @@ def test_auto_is_the_cpu_where_there_is_no_gpu_and_cuda_is_refused_there(monkeyp
         device_of("cuda")
     with pytest.raises(ValueError, match="'gpu' is none that torch knows"):
         device_of("gpu")
+    assert device_of("cpu:0") == "cpu"
+    for word in ("mps", "xpu", "meta"):
+        with pytest.raises(ValueError, match=f"'{word}' cannot hold float64"):
+            device_of(word)
 
 
 def test_auto_takes_a_gpu_where_there_is_one(monkeypatch):
@@ -183,7 +188,10 @@ def test_environments_step_on_another_device(device, leaving_world, settings, ou
     here, there = (
         MetaRecVectorEnv(12, leaving_world, fold="A", output=output, device=d, **settings) for d in ("cpu", device)
     )
-    assert_same(played(here), played(there))
+    expected = played(here)
+    RAN.clear()
+    assert_same(expected, played(there))
+    assert RAN["gather"] + RAN["index"] > FEW_STEPS
 
 
 def test_replay_and_tuning_step_on_another_device(device):
@@ -191,7 +199,10 @@ def test_replay_and_tuning_step_on_another_device(device):
         lambda d: ReplayVectorEnv(5, horizon=4, output="torch", device=d),
         lambda d: TuneVectorEnv(4, output="torch", device=d),
     ):
-        assert_same(played(make("cpu")), played(make(device)))
+        expected = played(make("cpu"))
+        RAN.clear()
+        assert_same(expected, played(make(device)))
+        assert RAN["gather"] + RAN["index"] + RAN["index_select"] > 0
 
 
 # ------------------------------------------------------------------------------------------------ agents
@@ -219,6 +230,31 @@ def test_a_policy_made_of_another_devices_layers_is_on_one_device(device):
         assert probs.cpu().tolist() == [[0.5, 0.5]]
 
 
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_a_memory_follows_the_observations_too(device, kind):
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    gates, width = (3, 3 + 4) if kind == "gru" else (4, 4)
+    memory = drawn(gates * 4, 3), drawn(gates * 4, 4), drawn(gates * 4), drawn(gates * 4)
+    layers = [(drawn(2, width), drawn(2))]
+    obs, mask = drawn(5, 3), torch.ones(5, 2, dtype=torch.bool)
+    answers = []
+    for order in (("cpu", "cpu"), (device, device), ("cpu", device), (device, "cpu")):
+        policy = (GruPolicy if kind == "gru" else LstmPolicy)(memory, layers, ("a", "b"))
+        # it begins where it is told, and is asked where the observations are
+        policy.begin(5)
+        for where in order:
+            seen = obs.to(where), torch.zeros(5, device=where), torch.zeros(5, device=where)
+            policy.observe(*seen, torch.ones(5, dtype=torch.bool, device=where))
+            probs = policy.action_probs(obs.to(where), mask.to(where))
+        answers.append(probs.cpu())
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0])
+
+
 LEARNERS = {
     "plain": ("select", {}),
     "blend": ("blend", {}),
@@ -236,7 +272,11 @@ def test_ppo_learns_on_another_device(device, leaving_world, action, settings):
         policy: MlpPolicy = train(env, args, progress=False).policy
         return policy
 
-    for (w, b), (far_w, far_b) in zip(learnt("cpu").layers, learnt(device).layers, strict=True):
+    near = learnt("cpu")
+    RAN.clear()
+    far = learnt(device)
+    assert all(RAN[name] > 0 for name in ("tanh_backward", "index", "mm"))
+    for (w, b), (far_w, far_b) in zip(near.layers, far.layers, strict=True):
         # a linear layer is other kernels on tensors that are wrapped: the last bits differ
         torch.testing.assert_close(far_w.cpu(), w, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(far_b.cpu(), b, rtol=1e-3, atol=1e-4)
@@ -332,7 +372,7 @@ def test_a_world_is_built_on_another_device(device):
     assert here.hash == there.hash
     assert (here.metrics["device"], there.metrics["device"]) == ("cpu", device)
     # fits of strategies and judges, and the ranking of lists
-    assert all(RAN[name] > 0 for name in ("embedding_dense_backward", "_foreach_addcdiv_", "topk"))
+    assert all(RAN[name] > 0 for name in ("cholesky_inverse", "gelu_backward", "_foreach_addcdiv_", "topk"))
 
 
 def test_a_world_is_not_built_on_a_device_that_is_not_there(monkeypatch):

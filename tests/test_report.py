@@ -204,4 +204,5 @@ def test_cards_of_world_and_log_are_shown(tiny_world: World, headroom: Headroom,
 
 
 def test_an_interval_is_never_broken_across_lines():
-    assert unbroken("+10.3 % [+9.1, +11.5] and [a, b]") == "+10.3 % [+9.1,\u00a0+11.5] and [a, b]"
+    assert unbroken("+10.3 % [+9.1, +11.5] and [1, 2]") == "+10.3 % [+9.1,\u00a0+11.5] and [1, 2]"
+    assert unbroken("[1.5 %, 1,234.0 %]") == "[1.5 %,\u00a01,234.0 %]"

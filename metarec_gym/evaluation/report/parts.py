@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from metarec_gym.evaluation.intervals import Interval
 
 
-_INTERVAL = re.compile(r"\[([+-]?[\d.]+), ([+-]?[\d.]+)\]")
+_INTERVAL = re.compile(r"\[([+-]?[\d,]*\.\d+(?: ?%)?), ([+-]?[\d,]*\.\d+(?: ?%)?)\]")
+"""Two numbers with decimals: lists of whole numbers, as commands and settings have them, are left as they are."""
 
 
 def document(title: str, blocks: Sequence[str]) -> str:
