@@ -30,16 +30,16 @@ def device_of(word: str) -> str:
         device = torch.device(word)
     except RuntimeError as error:
         raise ValueError(f"device {word!r} is none that torch knows; expected auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= gpus:
+    if device.type == "cpu":
+        return "cpu"
+    if device.type == "cuda":
+        if (device.index or 0) < gpus:
+            return word
         why = "is built without CUDA" if torch.version.cuda is None else f"sees {gpus} GPUs"
         raise ValueError(
             f"device {word!r} was asked for and torch {torch.__version__} {why}; use --device cpu, or --device auto, which takes "
             "a GPU where there is one"
         )
-    if device.type == "cpu":
-        return "cpu"
-    if device.type == "cuda":
-        return word
     try:
         torch.zeros(1, dtype=torch.float64, device=device).cpu()
     except (RuntimeError, AssertionError, TypeError) as error:

@@ -300,9 +300,9 @@ class Builder:
             histories = dataset.histories(starts_user[rows], lengths[rows])
             seen = histories.clamp(min=0)
             valid = (histories >= 0).to(torch.float32)
-            exclude = None if observed is None else (~observed[starts_user[rows]]).to(self.device)
-            # ranking is the work; what follows is small
-            found, scores = (x.cpu() for x in pool.ranked(histories.to(self.device), length, exclude=exclude))
+            exclude = None if observed is None else ~observed[starts_user[rows]]
+            # the pool takes what it ranks to its device and brings the lists back
+            found, scores = pool.ranked(histories, length, exclude=exclude)
             lists = found.to(torch.int32)
             states = torch.zeros(len(lists), responses["A"].state_dim)
             other_states = torch.zeros(len(lists), 0 if second["A"] is None else second["A"].state_dim)

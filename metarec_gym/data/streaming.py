@@ -158,7 +158,8 @@ def encode_folder(
                 session[at:end] = sessions_by_gap(here, seconds, session_gap_s)
             if place is not None:
                 place[at:end] = frame["position"].to_numpy(dtype=np.int64)
-                first_place = min(first_place if at else int(place[0]), int(place[at:end].min()))
+                lowest = int(place[at:end].min())
+                first_place = lowest if at == 0 else min(first_place, lowest)
             sizes += np.bincount(code, minlength=len(ids)).tolist()
             user_ids += ids
             at = end

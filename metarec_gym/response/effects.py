@@ -14,20 +14,13 @@ nothing and runs to its end. The fixed point is that of Laplace EM.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _CHUNK_ROWS = 8192
 _INNER_EM = 60
-
-
-class _Exact(TypedDict):
-    """How the effects' own tensors are made."""
-
-    dtype: torch.dtype
-    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,6 @@ def fit_effects(
         The effects; features that are not free have zeros everywhere.
     """
     n_features, device = data.phi.shape[2], data.phi.device
-    exact: _Exact = {"dtype": torch.float64, "device": device}
     free = torch.ones(n_features, dtype=torch.bool, device=device) if free is None else free.to(device)
     # a feature that never varies between alternatives says nothing: EM would leave its prior where it started
     spread = data.phi - data.phi.mean(dim=1, keepdim=True)
@@ -120,15 +112,15 @@ def fit_effects(
     x = covariates.to(device, torch.float64)
     n, f = data.n_users, len(kept)
     if f == 0 or len(data.user) == 0:
-        zero = torch.zeros(n_features, n_features, **exact)
-        loss = _evaluate(data, torch.zeros(n, 0, **exact), kept[:0], curvature=False)[0]
-        mean = torch.zeros(n, n_features, **exact)
-        weight = torch.zeros(n_features, x.shape[1], **exact)
+        zero = x.new_zeros(n_features, n_features)
+        loss = _evaluate(data, x.new_zeros(n, 0), kept[:0], curvature=False)[0]
+        mean = x.new_zeros(n, n_features)
+        weight = x.new_zeros(n_features, x.shape[1])
         return Effects(weight, zero, mean, zero.expand(n, -1, -1).clone(), float(loss.sum()), 0)
     # solved once: W is an ordinary least squares fit of the users' means
     gram = torch.linalg.pinv(x.T @ x) @ x.T
-    weight = torch.zeros(f, x.shape[1], **exact)
-    covariance = torch.eye(f, **exact) * start_sd**2
+    weight = x.new_zeros(f, x.shape[1])
+    covariance = torch.eye(f, dtype=x.dtype, device=device) * start_sd**2
     mode = x @ weight.T
     posterior = covariance.expand(n, f, f)
     finished = 0
@@ -162,7 +154,7 @@ def fit_effects(
 
     def embed(part: Tensor, *axes: int) -> Tensor:
         shape = [n_features if axis in axes else size for axis, size in enumerate(part.shape)]
-        whole = torch.zeros(shape, **exact)
+        whole = x.new_zeros(shape)
         index = [kept if axis in axes else torch.arange(size, device=device) for axis, size in enumerate(part.shape)]
         whole[torch.meshgrid(*index, indexing="ij")] = part
         return whole
